@@ -109,29 +109,32 @@ class Learner:
         self.step();      self.tell('after_step')
         self.zero_grad()
 
-    def one_pass(self, level:str):
-        self.training,self.dl = level == 'train',getattr(self.dls, level)
+    def all_batches(self):
+        for self.iter,self.batch in enumerate(self.dl): self.level('batch', self.one_batch)
+
+    def one_pass(self, name:str):      # `train` or `valid`
+        self.training,self.dl = name == 'train',getattr(self.dls, name)
         self.model.train(self.training)
         set_epoch(self.dl, self.epoch)
-        with self.events(level), torch.set_grad_enabled(self.training):
-            for self.iter,self.batch in enumerate(self.dl):
-                with self.events('batch'): self.one_batch()
+        with torch.set_grad_enabled(self.training): self.level(name, self.all_batches)
+
+    def one_epoch(self):
+        for name in self.passes: self.one_pass(name)
+
+    def all_epochs(self):
+        for self.epoch in range(self.epochs):
+            self.row = dict(epoch=self.epoch)
+            self.level('epoch', self.one_epoch)
 
     def fit(self,
-        epochs:int=1,       # times through the data
-        train:bool=True,    # learn?
-        valid:bool=True,    # validate after each epoch?
-        cbs=(),             # callbacks for this run only
+        epochs:int=1,    # times through the data
+        valid:bool=True, # validate after each epoch?
+        cbs=(),          # callbacks for this run only
     ):
         "Train for `epochs`, telling the callbacks."
-        self.epochs,self.rows = epochs,[]
+        self.epochs,self.passes,self.rows = epochs,('train', 'valid') if valid else ('train',),[]
         self.opt = self.opt_func(self.model.parameters(), lr=self.lr)
-        with self.with_cbs(cbs), self.events('fit'):
-            for self.epoch in range(epochs):
-                self.row = dict(epoch=self.epoch)
-                with self.events('epoch'):
-                    if train: self.one_pass('train')
-                    if valid: self.one_pass('valid')
+        with self.with_cbs(cbs): self.level('fit', self.all_epochs)
 
     @property
     def done(self):
@@ -140,15 +143,17 @@ class Learner:
 
 # %% ../nbs/50_learner.ipynb #6da4f692
 @patch
-@contextmanager
-def events(self:Learner, level:str):
-    "One level of the loop: tell before, after, and cleanup; let a callback cancel it."
+def level(self:Learner,
+    name:str, # of the level: one of `LEVELS`
+    body,     # what happens at it
+):
+    "Tell before, do it, tell after; a callback may cancel it; cleanup is told in any case."
     try:
-        self.tell(f'before_{level}')
-        yield
-        self.tell(f'after_{level}')
-    except CANCEL[level]: pass
-    finally: self.tell(f'cleanup_{level}')
+        self.tell(f'before_{name}')
+        body()
+        self.tell(f'after_{name}')
+    except CANCEL[name]: pass
+    finally: self.tell(f'cleanup_{name}')
 
 # %% ../nbs/50_learner.ipynb #d6c05783
 @patch

@@ -1,0 +1,31 @@
+BIN := .venv/bin
+.PHONY: demo test check setup bench clean help
+
+help:            ## what can be made
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/.run  ## train on Fashion-MNIST with all defaults (sets everything up the first time)
+	@tools/get_data
+	@$(BIN)/miniai train
+
+test: .venv/.dev  ## every notebook as a test, and the pytest suite
+	@$(BIN)/python -m pytest
+
+check: .venv/.dev  ## are notebooks, modules and README in step?
+	@$(BIN)/python tools/nb check
+
+bench: .venv/.dev  ## measure, and write bench/results/
+	@for script in bench/*.py; do echo $$script; $(BIN)/python $$script; done
+
+setup: .venv/.dev  ## the development environment, nothing else
+
+.venv/.run: pyproject.toml constraints.txt tools/setup
+	@tools/setup run
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt tools/setup
+	@tools/setup dev
+	@touch .venv/.run $@
+
+clean:           ## remove the environment and what was made
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .nbtext

@@ -1,0 +1,15 @@
+"What all tests share: no network, no windows, no plots left open."
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE='1', MPLBACKEND='agg', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    import matplotlib.pyplot as plt
+    plt.close('all')
