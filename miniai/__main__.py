@@ -1,0 +1,4 @@
+import sys
+from miniai.cli import main
+
+sys.exit(main())

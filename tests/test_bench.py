@@ -1,0 +1,13 @@
+"Each benchmark runs, at toy size, and writes its page; no time is judged here."
+import os, subprocess, sys
+import pytest
+from conftest import ROOT
+
+TOY = {'import_time': ['--repeats', '1']}
+
+@pytest.mark.parametrize('name', sorted(p.stem for p in (ROOT/'bench').glob('*.py') if p.stem != 'report'))
+def test_benchmark_runs(name, tmp_path):
+    subprocess.run([sys.executable, ROOT/'bench'/f'{name}.py', *TOY[name]], check=True, capture_output=True, cwd=tmp_path,
+                   env={**os.environ, 'MINIAI_BENCH_RESULTS': str(tmp_path)})
+    page = (tmp_path/f'{name}.md').read_text()
+    assert 'date:' in page and 'command:' in page and 'versions:' in page and page.count('|') > 10

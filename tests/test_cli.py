@@ -1,0 +1,144 @@
+"The command as a shell sees it: what it writes, says and returns, for good input and bad."
+import fcntl, json, os, pty, signal, struct, subprocess, sys, termios, time
+import pytest
+from PIL import Image
+
+ENV = {**os.environ, 'HF_HUB_OFFLINE': '1', 'COLUMNS': '100'}
+FILES = ['config.json', 'confusion.png', 'curves.png', 'examples', 'log.jsonl', 'model.safetensors', 'predictions.png']
+
+def miniai(*argv, cwd, **kw):
+    return subprocess.run([sys.executable, '-m', 'miniai', *map(str, argv)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300, **kw)
+
+def log(run): return [json.loads(line) for line in (run/'log.jsonl').read_text().splitlines()]
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "Two runs with the same seed, one with another"
+    cwd = tmp_path_factory.mktemp('runs')
+    for out, seed in (('a', 1), ('b', 1), ('c', 2)):
+        done = miniai('train', '--epochs', 1, '--model', 'mlp', '--data', 'sample', '--out', out, '--seed', seed, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+    return cwd, done
+
+def test_a_run_folder_has_everything(trained):
+    cwd, done = trained
+    assert sorted(p.name for p in (cwd/'a').iterdir()) == FILES
+    for name in ('curves', 'predictions', 'confusion'):
+        im = Image.open(cwd/'a'/f'{name}.png').convert('L')
+        assert im.width > 400 and len(set(im.resize((50, 50)).tobytes())) > 10          # a picture with something in it
+    config = json.loads((cwd/'a/config.json').read_text())
+    assert (config['model'], config['epochs'], config['seed'], len(config['names'])) == ('mlp', 1, 1, 10)
+
+def test_outside_a_terminal_there_is_one_quiet_row_an_epoch(trained):
+    lines = trained[1].stdout.splitlines()
+    assert lines[0].split() == ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy'] and len(lines[1].split()) == 5
+    assert '\r' not in trained[1].stdout and 'of 1,000 test images are right' in trained[1].stdout and 'miniai predict c' in trained[1].stdout
+
+def test_same_seed_same_numbers(trained):
+    a, b, c = (log(trained[0]/o) for o in 'abc')
+    for rows in (a, b, c):
+        for row in rows: assert row.pop('seconds') > 0
+    assert a == b != c
+    assert (trained[0]/'a/model.safetensors').read_bytes() == (trained[0]/'b/model.safetensors').read_bytes()
+
+def test_predict_reads_a_run_back(trained):
+    cwd, _ = trained
+    done = miniai('predict', 'a', 'a/examples/trouser.png', 'a/examples/ankle-boot.png', cwd=cwd)
+    first, second = done.stdout.splitlines()
+    assert done.returncode == 0 and first.startswith('a/examples/trouser.png: Trouser ') and second.startswith('a/examples/ankle-boot.png: ')
+
+def test_predict_takes_images_of_any_size_colour_and_background(trained):
+    cwd, _ = trained
+    trouser = Image.open(cwd/'a/examples/trouser.png')
+    big = trouser.resize((300, 300))
+    variants = dict(rgb=big.convert('RGB'), palette=big.convert('P'), light=Image.eval(big, lambda v: 255-v),
+                    glass=Image.merge('LA', (Image.eval(big, lambda v: 255-v), big.point(lambda v: 255 if v > 20 else 0))))
+    for name, im in variants.items(): im.save(cwd/f'{name}.png')
+    done = miniai('predict', 'a', *[f'{name}.png' for name in variants], cwd=cwd)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and all(': Trouser ' in line for line in lines), done.stdout + done.stderr
+    assert ['inverted' in line for line in lines] == [False, False, True, True]
+
+@pytest.mark.parametrize('line, said', [
+    ('', 'usage: miniai COMMAND'),
+    ('trian', 'there is no command trian; did you mean train?'),
+    ('train --modle cnn', 'there is no --modle; did you mean --model?'),
+    ('train --model cn', 'there is no model cn; did you mean cnn?'),
+    ('train --epochs many', "invalid int value: 'many'"),
+    ('train --epochs 0', '--epochs is a number from 1 up, it is 0'),
+    ('train --bs 0', '--bs is a number of images from 1 up, it is 0'),
+    ('train --data sample --bs 4001', '--bs 4001 is more than the 4,000 training images; take one up to 4,000'),
+    ('train --lr 0', '--lr is a step length above 0, it is 0.0'),
+    ('train --lr nan', '--lr is a step length above 0, it is nan'),
+    ('train --seed -1', '--seed is a whole number from 0 up, it is -1'),
+    ('train --device gpu', 'device gpu is not to be had here'),
+    ('train --data nowhere', 'nowhere is not a folder'),
+    ('train --data sample --out a', 'a holds a run already; choose another --out'),
+    ('train --data sample --out a/config.json/b', 'cannot write the run to a/config.json/b'),
+    ('predict a', 'which images? for example: miniai predict a'),
+    ('predict', 'the following arguments are required: run'),
+    ('predict nowhere x.png', 'nowhere is no finished run: it has no config.json; miniai train makes one'),
+    ('predict a nothing.png', 'there is no image nothing.png'),
+    ('predict a a/config.json', 'a/config.json is not an image that can be read'),
+])
+def test_a_mistake_is_a_sentence_and_exit_code_2(trained, line, said):
+    done = miniai(*line.split(), cwd=trained[0])
+    assert said in done.stdout + done.stderr and 'Traceback' not in done.stderr
+    assert done.returncode == (2 if line else 0)
+
+def test_a_damaged_model_is_told(trained):
+    cwd, _ = trained
+    (cwd/'torn').mkdir()
+    (cwd/'torn/config.json').write_bytes((cwd/'a/config.json').read_bytes())
+    (cwd/'torn/model.safetensors').write_bytes((cwd/'a/model.safetensors').read_bytes()[:-100])
+    done = miniai('predict', 'torn', 'a/examples/bag.png', cwd=cwd)
+    assert done.returncode == 2 and 'torn/model.safetensors cannot be read' in done.stderr and 'Traceback' not in done.stderr
+
+def test_help_explains_every_option(trained):
+    done = miniai('train', '--help', cwd=trained[0])
+    for flag in ('--epochs', '--bs', '--lr', '--model', '--data', '--seed', '--device', '--out'): assert flag in done.stdout
+    assert 'mlp or cnn (default: cnn)' in ' '.join(done.stdout.split())
+    assert miniai('--version', cwd=trained[0]).stdout.startswith('miniai 0.')
+
+def test_runs_are_numbered_and_never_written_over(tmp_path):
+    for _ in range(2): assert miniai('train', '--epochs', 1, '--model', 'mlp', '--data', 'sample', cwd=tmp_path).returncode == 0
+    assert sorted(p.name for p in (tmp_path/'runs').iterdir()) == ['mlp-1', 'mlp-2']
+
+def in_terminal(*argv, cwd, until, send=None):
+    "Run in a pseudo-terminal of 24 lines by 100 columns; press a key when `until` is seen; what was shown, and the exit code"
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
+    p = subprocess.Popen([sys.executable, '-m', 'miniai', *map(str, argv)], cwd=cwd, env=ENV, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    shown, pressed, deadline = '', False, time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try: piece = os.read(master, 4096)
+        except OSError: break
+        if not piece: break
+        shown += piece.decode(errors='replace')
+        if send and not pressed and until in shown: p.send_signal(send); pressed = True
+    os.close(master)
+    return shown, p.wait(60)
+
+def test_a_terminal_gets_a_bar_with_loss_and_speed(tmp_path):
+    shown, code = in_terminal('train', '--epochs', 1, '--data', 'sample', cwd=tmp_path, until='')
+    assert code == 0 and 'epoch 1/1 train' in shown and 'loss ' in shown and ' rows/s' in shown and 'test images are right' in shown
+
+def test_ctrl_c_in_mid_epoch_saves_what_is_trained_and_says_so(tmp_path):
+    shown, code = in_terminal('train', '--epochs', 50, '--data', 'sample', '--out', 'r', cwd=tmp_path, until='epoch 2/50', send=signal.SIGINT)
+    assert code == 130 and 'what was trained so far is saved' in shown and 'Traceback' not in shown
+    assert sorted(p.name for p in (tmp_path/'r').iterdir()) == FILES
+    assert 1 <= len(log(tmp_path/'r')) < 50
+    assert miniai('predict', 'r', 'r/examples/bag.png', cwd=tmp_path).returncode == 0
+
+def test_ctrl_c_before_training_leaves_quietly(tmp_path):
+    p = subprocess.Popen([sys.executable, '-c', 'import miniai.cli, os, signal\n'
+        'miniai.cli.run_folder = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n'
+        'raise SystemExit(miniai.cli.main(["train", "--data", "sample"]))'], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True)
+    assert 'miniai: stopped' in p.communicate(timeout=60)[1] and p.returncode == 130
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
+def test_a_folder_without_write_permission_is_told(tmp_path):
+    (tmp_path/'locked').mkdir(mode=0o500)
+    done = miniai('train', '--data', 'sample', '--out', 'locked/r', cwd=tmp_path)
+    assert done.returncode == 2 and 'cannot write the run to locked/r: Permission denied' in done.stderr
