@@ -304,7 +304,7 @@ def test_curves_have_a_panel_for_each_metric_and_the_loss_first():
     assert all(t == int(t) for t in loss.get_xticks())
 
 def test_the_two_labels_never_collide():
-    for gap in (.001, 0, -.001):
+    for gap in (.05, .001, 0, -.001, -.05):
         fig = plot_curves([dict(epoch=i, train_loss=1/(i + 1), valid_loss=1/(i + 1) + gap) for i in range(4)])
         fig.canvas.draw()
         a, b = (t.get_window_extent() for t in fig.axes[0].texts)
