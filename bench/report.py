@@ -1,6 +1,7 @@
 "What every benchmark shares: a results file that says what was measured, where, when and how, and how noisy the machine was."
 import datetime, os, platform, shlex, sys, time
 from importlib.metadata import version
+import miniai
 from pathlib import Path
 
 RESULTS = Path(os.environ.get('MINIAI_BENCH_RESULTS') or Path(__file__).parent/'results')
@@ -42,7 +43,7 @@ def write(
 - command: `python {shlex.join([f'bench/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`
 - date: {datetime.date.today()}
 - machine: {processor()}, {os.cpu_count()} cores, {platform.system()}; share of the time that tasks waited for a core: {noise}
-- versions: Python {platform.python_version()}, torch {version('torch')}, miniai {version('miniai-torch')}
+- versions: Python {platform.python_version()}, torch {version('torch')}, miniai {miniai.__version__}
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS/f'{name}.md').write_text(text)

@@ -154,19 +154,20 @@ class LogCB(Callback):
 # %% ../nbs/51_callbacks.ipynb #e5fb13e6
 class InterruptCB(Callback):
     "Ctrl-C ends the run after the batch; `learn.interrupted` tells whether it did. A second Ctrl-C is Python's own."
+    pressed,before = False,None      # Ctrl-C in this run? Python's own handler
+
     def before_fit(self, learn):
         learn.interrupted = False
-        self.before = None
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, lambda *_: self.note(learn))
+        if threading.current_thread() is threading.main_thread():      # only there may signals be handled
+            self.before = signal.signal(signal.SIGINT, lambda *_: self.press(learn))
 
-    def note(self, learn):
-        learn.interrupted = True
+    def press(self, learn):
         self.cleanup_fit(learn)
+        self.pressed = learn.interrupted = True
 
     def after_batch(self, learn):
-        if learn.interrupted: raise CancelFitException
+        if self.pressed: raise CancelFitException
 
     def cleanup_fit(self, learn):
         if self.before is not None: signal.signal(signal.SIGINT, self.before)
-        self.before = None
+        self.pressed,self.before = False,None

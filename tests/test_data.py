@@ -74,7 +74,7 @@ def test_collate_agrees_with_pytorchs(items):
     for a,b in zip(flat(ours), flat(theirs), strict=True):
         if not isinstance(a, torch.Tensor): assert a == b
         else: torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=0)
-    assert type(ours) is type(theirs) or isinstance(items[0], (tuple, list)) 
+    assert type(ours) is type(theirs) or isinstance(items[0], (tuple, list))
 
 def test_collate_keeps_pytorchs_dtypes_for_whole_numbers_and_arrays():
     assert collate([1, 2]).dtype == torch.int64 and collate([np.float64(1)]).dtype == torch.float64 and collate([True]).dtype == torch.bool

@@ -176,6 +176,7 @@ def test_ctrl_c_stops_after_the_batch_and_gives_the_handler_back():
     learn = new_learner(RecordCB(), InterruptCB(), Press())
     learn.fit(2)
     assert learn.interrupted and learn.iter == 2 and len(learn.losses) == 3
+    assert len(learn.get_preds()[0]) == 50
     assert signal.getsignal(signal.SIGINT) is before
 
 def test_a_second_ctrl_c_is_pythons_own():
