@@ -15,8 +15,8 @@ from .core import did_you_mean
 from .data import BatchSampler, DataLoader, Dataset, Sampler, collate
 
 # %% auto #0
-__all__ = ['FASHION', 'SAMPLE', 'HUB', 'QUIET', 'PIECE', 'DEBIAN', 'read_idx', 'cache_folder', 'fashion_mnist', 'inplace',
-           'collate_dict', 'in_memory', 'Normalize', 'DataLoaders']
+__all__ = ['FASHION', 'SAMPLE', 'HUB', 'DEBIAN', 'read_idx', 'cache_folder', 'fashion_mnist', 'inplace', 'collate_dict',
+           'in_memory', 'Normalize', 'DataLoaders']
 
 # %% ../nbs/41_datasets.ipynb #5e4e60d0
 _IDX_TYPES = {0x08: 'u1', 0x09: 'i1', 0x0B: '>i2', 0x0C: '>i4', 0x0D: '>f4', 0x0E: '>f8'}
@@ -147,11 +147,11 @@ def _say(line): print(f'miniai: {line}', file=sys.stderr)
 
 # %% ../nbs/41_datasets.ipynb #32c502b0
 HUB = 'zalando-datasets/fashion_mnist'
-QUIET, PIECE = 4, 1<<16   # seconds, bytes
+_QUIET, _PIECE = 4, 1<<16   # seconds, bytes
 
 def _download(
     url:str,
-    quiet:float=QUIET, # seconds without a piece after which we leave
+    quiet:float=_QUIET, # seconds without a piece after which we leave
 )->bytes:
     "What is at `url`; `OSError` for whatever goes wrong."
     from tqdm import tqdm
@@ -171,7 +171,7 @@ def _listen(url, quiet, pieces, left):
     "In a thread: the pieces of `url`, then an empty one or the exception, into the queue"
     try:
         with urlopen(Request(url, headers={'User-Agent': 'miniai'}), timeout=quiet) as answer:
-            while not left.is_set() and (piece := answer.read(PIECE)): pieces.put(piece)
+            while not left.is_set() and (piece := answer.read(_PIECE)): pieces.put(piece)
             missing = getattr(answer, 'length', 0)
             if missing: raise OSError(f'the connection ended {missing:,} bytes early')
         pieces.put(b'')
@@ -358,6 +358,8 @@ class Normalize:
     def __call__(self,
         x:Tensor, # (n, c, h, w) or (c, h, w), uint8
     )->Tensor:    # float32
+        if x.dtype != torch.uint8 or len(self.mean) not in (1, x.shape[-3]): raise ValueError(
+            f'Normalize: for bytes in {len(self.mean)} channels, got {_by(x.shape)} {x.dtype}')
         mean, std = self._stats(x)
         return x.float().sub_(255*mean).div_(255*std)
 
@@ -408,7 +410,8 @@ def _both_in_memory(splits):
     rows = {}
     for name, ds in splits.items():
         try: rows[name] = in_memory(ds)
-        except (TypeError, ValueError) as e: raise type(e)(f'from_dd: split {name}, {e}') from e
+        except (TypeError, ValueError) as e:
+            raise (TypeError if isinstance(e, TypeError) else ValueError)(f'from_dd: split {name}, {e}') from e
     shapes = {name: {k: tuple(c.shape[1:]) for k,c in o.columns.items()} for name,o in rows.items()}
     one, two = shapes.values()
     if one != two: raise ValueError(f'from_dd: the splits differ in columns or shapes: {shapes}. Make them alike with dd.map(...), '
