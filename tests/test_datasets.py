@@ -580,7 +580,7 @@ def test_missing_cells_and_their_mend():
 
 def test_columns_that_are_no_tensors():
     dd = pair(text=(hf.Value('string'), ['a', 'b']), y=(hf.Value('int8'), [1, 2]))
-    with pytest.raises(TypeError, match="split train, text: Value.'string'. cannot be one tensor; leave it out with dd.remove_columns") as e:
+    with pytest.raises(TypeError, match="text: Value.'string'. cannot be one tensor; leave it out with dd.remove_columns") as e:
         m.DataLoaders.from_dd(dd)
     mend = str(e.value).split('leave it out with ')[1].split(',')[0]
     assert list(m.DataLoaders.from_dd(eval(mend, dict(dd=dd))).train.ds.columns) == ['y']
