@@ -170,7 +170,7 @@ def _download(
 def _listen(url, quiet, pieces, left):
     "In a thread: the pieces of `url`, then an empty one or the exception, into the queue"
     try:
-        with urlopen(Request(url, headers={'User-Agent': 'miniai'}), timeout=quiet) as answer:
+        with urlopen(Request(url, headers={'User-Agent': 'miniai'}), timeout=2*quiet) as answer: # the queue's limit is the shorter one
             while not left.is_set() and (piece := answer.read(_PIECE)): pieces.put(piece)
             missing = getattr(answer, 'length', 0)
             if missing: raise OSError(f'the connection ended {missing:,} bytes early')
