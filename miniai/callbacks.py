@@ -154,6 +154,7 @@ class LogCB(Callback):
 # %% ../nbs/51_callbacks.ipynb #e5fb13e6
 class InterruptCB(Callback):
     "Ctrl-C ends the run after the batch; `learn.interrupted` tells whether it did. A second Ctrl-C is Python's own."
+    order = 100                      # the last to hear of a batch, so that all others have
     pressed,before = False,None      # Ctrl-C in this run? Python's own handler
 
     def before_fit(self, learn):

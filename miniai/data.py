@@ -21,11 +21,11 @@ __all__ = ['Dataset', 'Sampler', 'BatchSampler', 'collate', 'fetch', 'in_workers
 class Dataset:
     "Columns of equal length. An item is one row: a tuple of positional columns, or a dictionary of named ones."
     def __init__(self,
-        *columns:Tensor, # each (n, ...)
+        *columns:Tensor, # each (n, ...); arrays become tensors of the same memory
         **named:Tensor,  # each (n, ...), instead of positional ones
     ):
         if bool(columns) == bool(named): raise TypeError('Dataset: give columns by position for tuples, or by name for dictionaries')
-        self.columns = named or columns
+        self.columns = {k: torch.as_tensor(c) for k,c in named.items()} or tuple(map(torch.as_tensor, columns))
         sizes = {k: len(c) for k,c in self._items()}
         if len(set(sizes.values())) > 1: raise ValueError(f'Dataset: columns differ in length: {sizes}')
         self.n = next(iter(sizes.values()))
@@ -42,8 +42,9 @@ class Dataset:
     def gather(self,
         idxs:Tensor, # (bs,) row numbers
     ):               # a batch: each column (bs, ...)
-        "The rows at `idxs` as one batch, in one step a column."
-        return self[idxs]
+        "The rows at `idxs` as one batch, in one step a column (`index_select`, PyTorch's quickest way to take rows)."
+        if isinstance(self.columns, dict): return {k: c.index_select(0, idxs) for k,c in self.columns.items()}
+        return tuple(c.index_select(0, idxs) for c in self.columns)
 
     def __repr__(self):
         return f"Dataset(n={self.n}, {', '.join(f'{k}: {_short(c)}' for k,c in self._items())})"
@@ -192,6 +193,9 @@ class DataLoader:
     ):
         if not len(ds): raise ValueError(f'DataLoader: the data set is empty: {ds!r}')
         if num_workers < 0: raise ValueError(f'DataLoader: num_workers counts processes from 0 up, it is {num_workers}')
+        if shuffle and sampler is not None: raise ValueError('DataLoader: a sampler has its own order; leave shuffle out')
+        if batch_sampler is not None and (shuffle or drop_last or sampler is not None):
+            raise ValueError('DataLoader: a batch_sampler decides all of order and batches; leave shuffle, sampler and drop_last out')
         sampler = Sampler(ds, shuffle, seed) if sampler is None else sampler
         self.batch_sampler = BatchSampler(sampler, bs, drop_last) if batch_sampler is None else batch_sampler
         self.ds,self.collate_fn,self.num_workers,self.prefetch,self.transform = ds,collate_fn,num_workers,prefetch,transform

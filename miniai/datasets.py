@@ -128,7 +128,8 @@ SAMPLE = Path(str(files('miniai')))/'sample'
 # %% ../nbs/41_datasets.ipynb #1952259f
 def cache_folder()->Path:
     "Where miniai keeps things: `$MINIAI_CACHE`, or `miniai` in `$XDG_CACHE_HOME`, which is `~/.cache` unless set."
-    return Path(os.environ.get('MINIAI_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')/'miniai').expanduser()
+    default = os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'miniai')
+    return Path(os.path.expanduser(os.environ.get('MINIAI_CACHE') or default))
 
 def _keep(dd, folder):
     "Write each split to a Parquet file in `folder`, with checksums."

@@ -73,7 +73,7 @@ class CancelFitException(Exception):   "Raised in a callback: end the run"
 class CancelEpochException(Exception): "Raised in a callback: go on with the next epoch"
 class CancelTrainException(Exception): "Raised in a callback: end training in this epoch, go on to validation"
 class CancelValidException(Exception): "Raised in a callback: end validation in this epoch"
-class CancelBatchException(Exception): "Raised in a callback: go on with the next batch"
+class CancelBatchException(Exception): "Raised in a callback: go on with the next batch; gradients that are there stay, and add up"
 
 CANCEL = dict(fit=CancelFitException, epoch=CancelEpochException, train=CancelTrainException, valid=CancelValidException,
               batch=CancelBatchException)

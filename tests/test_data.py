@@ -149,6 +149,8 @@ def test_dataset_by_name_and_by_position():
     (lambda: DataLoader(rows(3), 0), 'at least 1 row, bs is 0'),
     (lambda: DataLoader(rows(3), 4, drop_last=True), '3 rows give no batch of 4'),
     (lambda: DataLoader(rows(3), num_workers=-1), 'from 0 up'),
+    (lambda: DataLoader(rows(3), shuffle=True, sampler=Sampler(3)), 'a sampler has its own order; leave shuffle out'),
+    (lambda: DataLoader(rows(3), drop_last=True, batch_sampler=BatchSampler(Sampler(3), 2)), 'leave shuffle, sampler and drop_last out'),
     (lambda: list(DataLoader([torch.ones(2), torch.ones(3)])), r'different shapes cannot be stacked: \[\(2,\), \(3,\)\]'),
     (lambda: Sampler(3, True, seed=-1).order(0), 'from 0 up'),
 ])
