@@ -142,3 +142,34 @@ def test_a_folder_without_write_permission_is_told(tmp_path):
     (tmp_path/'locked').mkdir(mode=0o500)
     done = miniai('train', '--data', 'sample', '--out', 'locked/r', cwd=tmp_path)
     assert done.returncode == 2 and 'cannot write the run to locked/r: Permission denied' in done.stderr
+
+@pytest.fixture(scope='module')
+def odd_data(tmp_path_factory):
+    "Folders with data that is wrong in one way each, as a user may have made them"
+    import numpy as np
+    from datasets import ClassLabel, Dataset, Features, Image as HFImage
+    from miniai.datasets import FASHION
+    root = tmp_path_factory.mktemp('data')
+    features = Features(image=HFImage(), label=ClassLabel(names=FASHION))
+    def image(side=28): return np.full((side, side), 7, np.uint8)
+    good = dict(image=[image()]*20, label=list(range(10))*2)
+    bad = {'mixed sizes': dict(good, image=[image()]*19 + [image(32)]), 'empty': dict(image=[], label=[]), 'labels': dict(good, label=[-1]*20)}
+    for name, rows in bad.items():
+        (root/name).mkdir()
+        Dataset.from_dict(rows, features=features).to_parquet(root/name/'train.parquet')
+        Dataset.from_dict(good, features=features).to_parquet(root/name/'test.parquet')
+    (root/'torn').mkdir()
+    for stem, part in (('train', 'images-idx3'), ('train', 'labels-idx1'), ('t10k', 'images-idx3'), ('t10k', 'labels-idx1')):
+        (root/'torn'/f'{stem}-{part}-ubyte').write_bytes(bytes.fromhex('00000801 00000014') + bytes(7))
+    return root
+
+@pytest.mark.parametrize('name, said', [
+    ('mixed sizes', '2 sizes h×w cannot be one tensor: 28×28 (rows: 19, first 0), 32×32 (rows: 1, first 19)'),
+    ('empty', 'split train has no rows'),
+    ('labels', 'label: -1 in row 0 is no class: there are names for 0 to 9'),
+    ('torn', '20 of uint8 is 20 bytes, but 7 are there'),
+])
+def test_data_that_cannot_be_trained_on_is_told(odd_data, tmp_path, name, said):
+    done = miniai('train', '--data', odd_data/name, '--out', 'r', cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path/'r').exists()
