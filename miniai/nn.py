@@ -129,8 +129,9 @@ def to(self:Module,
 # %% ../nbs/20_nn.ipynb #e4951f7b
 @patch
 def state_dict(self:Module)->dict:
-    "`{name: tensor}` of all parameters and buffers; the tensors are the model's own, not copies."
-    return {k: t.detach() for k,t in _tensors(self, Parameter, Buffer)}
+    "`{name: tensor}` of all parameters and persistent buffers; the tensors share memory with the model's."
+    passing = {_join(path, k) for path,m in _tree(self) for k in getattr(m, '_non_persistent_buffers_set', ())}
+    return {k: t.detach() for k,t in _tensors(self, Parameter, Buffer) if k not in passing and getattr(t, 'persistent', True)}
 
 # %% ../nbs/20_nn.ipynb #7144c101
 @patch

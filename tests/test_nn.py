@@ -129,6 +129,14 @@ def test_load_state_dict_changes_nothing_when_something_is_wrong():
     m.load_state_dict({'scale': torch.tensor([7.])}, strict=False)
     assert m.scale.item() == 7
 
+def test_buffers_that_are_not_to_be_saved_are_not_saved():
+    theirs = torch.nn.Module()
+    theirs.register_buffer('a', torch.zeros(1)); theirs.register_buffer('b', torch.zeros(1), persistent=False)
+    m = nn.Sequential(theirs, nn.ReLU())
+    m.c = Buffer(torch.zeros(1), persistent=False)
+    assert list(m.state_dict()) == ['0.a'] and len(list(m.buffers())) == 3
+    assert list(torch.nn.Sequential(theirs).state_dict()) == ['0.a']
+
 def test_ours_holds_pytorchs_and_gradients_flow_through_both():
     m = nn.Sequential(torch.nn.Linear(3, 4), nn.ReLU(), torch.nn.Sequential(torch.nn.Linear(4, 2)))
     m(torch.randn(5, 3)).sum().backward()
