@@ -1,7 +1,9 @@
 "What all tests share: no network, no windows, no plots left open."
-import os
+import os, signal
 from pathlib import Path
 
+# a shell that starts `make test &` lets Ctrl-C be ignored in all that it starts: the tests that press it need Python's own handler
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(HF_HUB_OFFLINE='1', MPLBACKEND='agg', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
 
 import pytest  # noqa: E402
