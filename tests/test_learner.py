@@ -1,5 +1,5 @@
 "The loop and its callbacks: when each is called, what it may do, and that the numbers are those of a loop by hand."
-import fcntl, io, json, os, pty, signal, struct, subprocess, sys, termios
+import fcntl, io, json, os, pty, signal, struct, subprocess, sys, termios, threading
 from types import SimpleNamespace
 import pytest, torch
 from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, ProgressCB, RecordCB, SchedCB
@@ -158,12 +158,21 @@ def test_progress_outside_a_terminal_is_the_same_at_every_run():
         outs.append(out.getvalue())
     assert outs[0] == outs[1] and len(outs[0].splitlines()) == 3 and 'seconds' not in outs[0]
 
+def read_all(master, chunks):
+    "What is written to the terminal behind `master`, until its last writer closes it"
+    try:
+        while chunk := os.read(master, 1 << 16): chunks.append(chunk)
+    except OSError: pass                                       # Linux's way to say that the other side is closed
+
 def test_progress_in_a_real_terminal_shows_loss_and_speed_and_leaves_a_table():
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))     # 24 lines of 100 columns
+    reader = threading.Thread(target=read_all, args=(master, chunks := []))         # a terminal reads while the program writes
+    reader.start()
     with os.fdopen(slave, 'w') as screen: new_learner(MetricsCB(), RecordCB(), ProgressCB(screen)).fit(2)
-    shown = os.read(master, 10**6).decode()
+    reader.join(timeout=60)
     os.close(master)
+    shown = b''.join(chunks).decode()
     assert 'epoch 1/2 train' in shown and 'epoch 2/2 valid' in shown and 'loss' in shown and 'rows/s' in shown and 'seconds' in shown
 
 class Press(Callback):
