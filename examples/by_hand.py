@@ -1,6 +1,6 @@
 """Fashion-MNIST with no automatic differentiation at all: our layers know their derivatives.  Prints the test accuracy."""
 import torch
-from miniai.autograd import CrossEntropy, Lin, Net, Relu
+from miniai.backprop import CrossEntropy, Lin, Net, Relu
 from miniai.core import set_seed
 from miniai.datasets import SAMPLE, DataLoaders, fashion_mnist
 from miniai.optim import SGD

@@ -1,7 +1,7 @@
 "The hand-made backward passes against PyTorch's, and against differences."
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from miniai.autograd import CrossEntropy, Lin, Module, Net, Relu, add_grad, numerical_grad
+from miniai.backprop import CrossEntropy, Lin, Module, Net, Relu, add_grad, numerical_grad
 from miniai.data import DataLoader, Dataset
 from miniai.optim import SGD
 
