@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode_temporarily
 from .backprop import numerical_grad
+from .core import did_you_mean
 from .rules import PARTS, RULES, Plan, Rule, aten, tensors
 
 # %% auto #0
@@ -22,7 +23,7 @@ __all__ = ['VERSIONS', 'is_excluded', 'SERIAL', 'RECURRENT', 'NONE', 'TORCH', 'T
            'listed', 'keep', 'kept', 'Node', 'Edge', 'Tape', 'counts', 'versions', 'defaults', 'in_full', 'composite',
            'writes', 'decomposition', 'NoRules', 'fit', 'Grads', 'leads', 'path', 'seed', 'accumulate', 'Context',
            'apply_here', 'open_tapes', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Torch', 'twin', 'window',
-           'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
+           'engine', 'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
 
 # %% ../nbs/12_autograd.ipynb #44df3dc3
 class Like:
@@ -198,7 +199,8 @@ def source(self:Tape, x)->Edge|None:
         if not is_float(x): return None
         edge = self.watch(x) if self.follow(x) else self.see(x, None)
     elif edge.was and x._base is not None and x._base.__dict__[self.key] is not edge.was: edge = self.look_again(x)
-    return edge if edge.node else None
+    if edge.node: return edge
+    return self.watch(x) if x.requires_grad else None      # it was made inside, and is to be learnt
 
 @patch
 def watch(self:Tape, x:Tensor)->Edge:
@@ -626,6 +628,15 @@ def window(base, x):
     def wipe(g, y): return memory(g, here).index_fill(0, where(there).flatten(), 0)[where(here)]    # what is left of the base's
     def put(g, y):  return memory(g, there)[where(here)]                                            # the base's, given the view's
     return read,wipe,put
+
+# %% ../nbs/12_autograd.ipynb #9d4ff6a6
+def engine(
+    name:str, # tape or torch
+):
+    "`with engine(name):` says who fills `.grad` there: our `Tape`, which follows what requires a gradient, or PyTorch's autograd."
+    if name == 'torch': return nullcontext()
+    if name == 'tape': return Tape(follow=lambda x: x.requires_grad)
+    raise ValueError(f'there is no engine {name}{did_you_mean(name, ["tape", "torch"])}; the engines are tape and torch')
 
 # %% ../nbs/12_autograd.ipynb #b9ebe3cf
 def value_and_grad(

@@ -92,14 +92,16 @@ def train(
     data:str|None=None,    # a folder with Fashion-MNIST, or "sample"; when not given, the best copy at hand
     seed:int=42,           # of weights and order; the same seed gives the same numbers
     device:str='auto',     # cpu, cuda or mps; auto takes the best there is
+    engine:str='torch',    # who differentiates: torch, or tape, which is ours
     out:str|None=None,     # folder of the run; when not given, the next free of runs/MODEL-1, runs/MODEL-2, ...
 )->int:                    # 0, or 130 after Ctrl-C
     "Train a model on Fashion-MNIST: our data, our loader, our module, our optimizer, our loop."
-    asked = dict(model=model, epochs=epochs, bs=bs, lr=lr, data=data, seed=seed, device=device)
+    asked = dict(model=model, epochs=epochs, bs=bs, lr=lr, data=data, seed=seed, device=device, engine=engine)
     check(epochs > 0, f'--epochs is a number from 1 up, it is {epochs}')
     check(bs > 0, f'--bs is a number of images from 1 up, it is {bs}')
     check(lr > 0 and math.isfinite(lr), f'--lr is a step length above 0, it is {lr}')
     check(seed >= 0, f'--seed is a whole number from 0 up, it is {seed}')
+    from miniai import autograd
     from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, ProgressCB, RecordCB, SchedCB
     from miniai.core import set_seed
     from miniai.datasets import SAMPLE, DataLoaders, fashion_mnist
@@ -107,6 +109,7 @@ def train(
     from miniai.optim import SGD, one_cycle
     from miniai.vision import build
     device = pick_device(device)
+    autograd.engine(engine)            # and so are these
     build(model)                       # an unknown name is told before any data is read
     dls = DataLoaders.from_dd(fashion_mnist(SAMPLE if data == 'sample' else data), bs=bs, seed=seed)
     n,c_in,size,_ = dls.train.ds.columns['image'].shape
@@ -116,7 +119,7 @@ def train(
     config = dict(asked, **shape, names=dls.names, mean=dls.mean.tolist(), std=dls.std.tolist())
     (folder/'config.json').write_text(json.dumps(config, indent=1))
     set_seed(seed)
-    learn = Learner(build(model, **shape), dls, lr=lr, opt_func=partial(SGD, momentum=.9, weight_decay=5e-4),
+    learn = Learner(build(model, **shape), dls, lr=lr, opt_func=partial(SGD, momentum=.9, weight_decay=5e-4), engine=engine,
                     cbs=[DeviceCB(device), MetricsCB(), RecordCB(), SchedCB(lr=one_cycle(lr)), ProgressCB(),
                          LogCB(folder/'log.jsonl'), InterruptCB()])
     learn.fit(epochs)

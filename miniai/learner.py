@@ -5,10 +5,12 @@
 # %% ../nbs/50_learner.ipynb #f51078a4
 from __future__ import annotations
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from fastcore.basics import patch
 import torch
 from torch import Tensor
+from . import autograd
 from .core import did_you_mean
 from .nn import cross_entropy
 from .optim import SGD
@@ -88,9 +90,12 @@ class Learner:
         lr:float=0.1,             # per step
         opt_func=SGD,             # `opt_func(parameters, lr=lr)` is an optimizer
         cbs=(),                   # callbacks
+        engine:str='torch',       # who fills `grad`: PyTorch's autograd, or our tape
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         self.cbs,self.epoch,self.row,self.rows = [],0,{},[]
+        self.engine = partial(autograd.engine, engine)
+        self.engine()      # a name that there is
         self.add_cbs(cbs)
 
     # the five verbs
@@ -110,7 +115,8 @@ class Learner:
         self.zero_grad()
 
     def all_batches(self):
-        for self.iter,self.batch in enumerate(self.dl): self.level('batch', self.one_batch)
+        for self.iter,self.batch in enumerate(self.dl):
+            with self.engine() if self.training else nullcontext(): self.level('batch', self.one_batch)
 
     def one_pass(self, name:str):      # `train` or `valid`
         self.training,self.dl = name == 'train',getattr(self.dls, name)

@@ -23,7 +23,7 @@ __all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Plan', 'PARTS', 'tensors', 'Rule',
            'solve_H', 'det_back', 'slogdet_back', 'cholesky_back', 'eigh_back', 'eig_back', 'svd_back', 'qr_back',
            'matrix_exp_back', 'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back',
            'cholesky_inverse_back', 'pinv_back', 'lstsq_back', 'lu_factor_back', 'lu_back', 'lu_solve_back', 'padded',
-           'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'cross_entropy', 'trilinear']
+           'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'cross_entropy', 'pairs', 'trilinear']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -296,7 +296,7 @@ rule(aten.slice.Tensor,                          lambda g,y,a,d,i,j,step: put_ba
 rule(aten.diagonal.default,                      lambda g,y,a,k,i,j: put_back(g, a.shape, lambda z: z.diagonal(k, i, j)))
 rule(aten.unfold.default,                        lambda g,y,a,d,size,step: unfold_back(g, a.shape, d, size, step))
 rule(aten.as_strided.default,                    lambda g,y,a,size,stride,at: strided_back(g, a, size, stride, at))
-rule((aten.split.Tensor, aten.split_with_sizes.default), lambda g,y,a,n,d: torch.cat(list(g), d))
+rule((aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default), lambda g,y,a,n,d: torch.cat(list(g), d))
 rule(aten.unbind.int,                            lambda g,y,a,d: torch.stack(list(g), d))
 rule(aten.cat.default,                           lambda g,y,xs,d: uncat(g, xs, d))
 rule(aten.stack.default,                         lambda g,y,xs,d: g.unbind(d))
@@ -494,7 +494,7 @@ rule(aten.masked_select.default,                 lambda g,y,a,m: g.new_zeros(tor
 rule((aten.masked_fill.Scalar, aten.masked_fill.Tensor), lambda g,y,a,m: g.masked_fill(m, 0), None,                            lambda g,y,a,m: (g*m).sum())
 rule(aten.masked_scatter.default,                lambda g,y,a,m: g.masked_fill(m, 0), None,                                    lambda g,y,a,m,b: unmask(g, m, b.shape))
 rule(aten.index_put.default,                     lambda g,y,a,at,b,add: g if add else zero_at(g, at), None,                    lambda g,y,a,at: aten.index.Tensor(g, at))
-rule(aten.put.default,                           lambda g,y,a,i,b,add: g if add else g.flatten().index_fill(0, i.flatten() % g.numel(), 0).reshape(g.shape), None, lambda g,y,a,i: flat_at(g, i))
+rule(aten.put.default,                           lambda g,y,a,i,b,add: g if add else g.flatten().index_fill(0, i.flatten() % g.numel(), 0).reshape(g.shape), None, lambda g,y,a,i,b: flat_at(g, i).reshape(b.shape))
 rule(aten.scatter.src,                           lambda g,y,a,d,i: g.scatter(d, i, 0), None, None,                             lambda g,y,a,d,i,b: within_shape(g.gather(d, i), b.shape))
 rule(aten.scatter.value,                         lambda g,y,a,d,i: g.scatter(d, i, 0))
 rule(aten.scatter_add.default,                   lambda g,y: g, None, None,                                                    lambda g,y,a,d,i,b: within_shape(g.gather(d, i), b.shape))
@@ -626,7 +626,7 @@ def knee(d, beta): return (d/beta).clamp(-1, 1) if beta else d.sgn()
 def bag_back(g, y, w, i, mode, each, pad):
     "A bag is the sum (mode 0), mean (1) or maximum (2) of rows."
     z = g.new_zeros(w.shape)
-    if mode == 2: return z.scatter_add(0, y[3], g)
+    if mode == 2: return z.scatter_add(0, y[3], g*(y[2] > 0)[:, None])
     g = g[y[1]]
     if mode == 1: g = g/y[2][y[1]][:, None]
     if each is not None: g = g*each[:, None]
@@ -771,8 +771,8 @@ def det_back(g, det, a):
 
 def slogdet_back(g, y, a):
     "The log of the size moves with a^-H; the sign of a complex determinant with its angle."
-    size = g[1]
-    if a.is_complex(): size = size - 1j*(g[0].conj()*y[0]).imag
+    turn,size = g[0],g[1]
+    if a.is_complex(): size = size - 1j*(turn.conj()*y[0]).imag
     return solve_H(a, torch.diag_embed(size[..., None].expand(a.shape[:-1]).to(a.dtype)))
 
 def cholesky_back(g, l, upper):
@@ -804,12 +804,13 @@ def svd_back(gu, gs, gv, u, s, vh, full):
     v,gv = vh.mH,gv.mH
     e = s[..., None, :]**2 - s[..., :, None]**2
     e = e + torch.diag_embed(torch.full_like(s, math.inf))
+    def over(a, b): return torch.where(a == 0, 0, a/b)          # nothing stays nothing, also where singular values are equal
     a,b = u.mH @ gu,v.mH @ gv
-    inner = (skew(a)/e)*s[..., None, :] + s[..., :, None]*(skew(b)/e) + torch.diag_embed(gs).to(u.dtype)
-    if u.is_complex(): inner = inner + torch.diag_embed(1j*a.diagonal(dim1=-2, dim2=-1).imag/s)
+    inner = over(skew(a), e)*s[..., None, :] + s[..., :, None]*over(skew(b), e) + torch.diag_embed(gs).to(u.dtype)
+    if u.is_complex(): inner = inner + torch.diag_embed(over(1j*a.diagonal(dim1=-2, dim2=-1).imag, s))
     out = u @ inner @ vh
-    if m > k: out = out + (gu - u @ a)/s[..., None, :] @ vh
-    if n > k: out = out + (u/s[..., None, :]) @ (gv - v @ b).mH
+    if m > k: out = out + over(gu - u @ a, s[..., None, :]) @ vh
+    if n > k: out = out + u @ over(gv - v @ b, s[..., None, :]).mH
     return out
 
 def qr_back(gq, gr, q, r, mode):
@@ -854,11 +855,11 @@ def old_triangular_back(g, y, a, upper, trans, unit):
 def cholesky_solve_back(g, y, a, upper):
     s = aten.cholesky_solve(g, a, upper) @ y.mH
     s = s + s.mH
-    return -(a @ s).triu() if upper else -(s @ a).tril()
+    return -(a @ s) if upper else -(s @ a)
 
 def cholesky_inverse_back(g, y, a, upper):
     s = y @ (g + g.mH) @ y
-    return -(a @ s).triu() if upper else -(s @ a).tril()
+    return -(a @ s) if upper else -(s @ a)
 
 def pinv_back(g, p, a):
     "Golub and Pereyra (1973), eq. 4.12."
@@ -947,13 +948,14 @@ def parts(op, f):
 parts(aten.conv1d.default,                       lambda run,x,w,b,*how: convolve(run, x, w, b, *how))
 parts(aten.conv2d.default,                       lambda run,x,w,b,*how: convolve(run, x, w, b, *how))
 parts(aten.conv3d.default,                       lambda run,x,w,b,*how: convolve(run, x, w, b, *how))
-parts(aten.batch_norm.default,                   lambda run,x,*args: run(aten.native_batch_norm.default, x, *args[:-1])[0] if x.ndim > 1 else NotImplemented)
+parts(aten.batch_norm.default,                   lambda run,x,*args: run(aten.native_batch_norm.default, x, *args[:-1])[0] if x.ndim > 1 and x.numel() else NotImplemented)
 parts(aten.layer_norm.default,                   lambda run,x,shape,w,b,eps,_: run(aten.native_layer_norm.default, x, shape, w, b, eps)[0])
 parts(aten.max_pool2d.default,                   lambda run,x,*how: run(aten.max_pool2d_with_indices.default, x, *how)[0])
 parts(aten.log_softmax.int,                      lambda run,x,d,dtype: run(aten._log_softmax.default, cast(run, x, dtype), d, False))
 parts(aten.softmax.int,                          lambda run,x,d,dtype: run(aten._softmax.default, cast(run, x, dtype), d, False))
 parts(aten.cross_entropy_loss.default,           lambda run,*args: cross_entropy(run, *args))
 parts(aten._cdist_forward.default,               lambda run,a,b,p,_: run(aten.linalg_vector_norm.default, run(aten.sub.Tensor, run(aten.unsqueeze.default, a, -2), run(aten.unsqueeze.default, b, -3)), p, [-1]))
+parts(aten._pdist_forward.default,               lambda run,x,p: pairs(run, x, p, torch.triu_indices(len(x), len(x), 1, device=x.device)))
 parts(aten._trilinear.default,                   lambda run,a,b,c,*how: trilinear(run, a, b, c, *how))
 parts(aten.embedding_bag.padding_idx,            lambda run,w,i,at,freq,mode,_,each,last,pad: run(aten._embedding_bag.default, w, i, at, freq, mode, False, each, last, -1 if pad is None else pad % len(w)))
 parts(aten._embedding_bag_forward_only.default,  lambda run,w,i,*how: run(aten._embedding_bag.default, w, i, *how))
@@ -970,6 +972,11 @@ def cross_entropy(run, x, targ, weight, reduction, ignore, smoothing):
     "The usual case: a batch of scores, and classes."
     if x.ndim != 2 or targ.ndim != 1 or targ.is_floating_point() or smoothing: return NotImplemented
     return run(aten.nll_loss_forward.default, run(aten._log_softmax.default, x, 1, False), targ, weight, reduction, ignore)[0]
+
+def pairs(run, x, p, at):
+    "The distances of all pairs of rows."
+    a,b = (run(aten.index_select.default, x, 0, i) for i in at)
+    return run(aten.linalg_vector_norm.default, run(aten.sub.Tensor, a, b), p, [-1])
 
 def trilinear(run, a, b, c, i, j, k, dims, _):
     "The sum over `dims` of a product of three, each repeated over some dimensions of its own."

@@ -1,0 +1,109 @@
+"""PyTorch's own test material against the tape: every operator (`op_db`) and every module (`module_db`).
+
+    python tests/sweep.py      all samples of both; writes bench/results/sweep.md
+
+The suite runs a spread of the same (`tests/test_sweep.py`)."""
+import itertools, sys, warnings
+from collections import Counter
+from datetime import date
+from pathlib import Path
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from miniai.autograd import Tape
+
+KNOWN = {'as_strided_scatter': 'PyTorch is wrong: written over by a view of no dimensions, the base still gets a gradient (differences say 0)'}
+
+def tensors(o):
+    "All tensors of floats in nested tuples, lists and dictionaries"
+    if isinstance(o, torch.Tensor): return [o] if o.is_floating_point() or o.is_complex() else []
+    if isinstance(o, dict): o = o.values()
+    return [t for x in o for t in tensors(x)] if isinstance(o, (list, tuple, type({}.values()))) else []
+
+def compare(run, xs, tol):
+    "Do the gradients of `run()` at `xs`, for the same random gradient at its outputs, agree?  True, or None where there is nothing to compare"
+    ys = [(i, y) for i,y in enumerate(run()) if y.requires_grad]
+    if not ys: return None
+    gs = [torch.randn_like(y) for _,y in ys]
+    want = torch.autograd.grad([y for _,y in ys], xs, gs, allow_unused=True)
+    with Tape() as tape: outs = run()
+    got = tape.gradients([(outs[i], g) for (i,_),g in zip(ys, gs, strict=True)], xs)
+    for x,a,b in zip(xs, want, got, strict=True):
+        a,b = (torch.zeros_like(x) if o is None else o for o in (a, b))
+        if a.layout != b.layout: a,b = a.to_dense(),b.to_dense()
+        torch.testing.assert_close(b, a, equal_nan=True, rtol=tol, atol=10*tol*max(1., float(a.nan_to_num().abs().max()) if a.numel() else 0.))
+    return True
+
+def check_op(info, sample, tol=1e-7):
+    xs = [t for t in tensors([sample.input, sample.args, sample.kwargs]) if t.requires_grad]
+    def run():
+        torch.manual_seed(1)
+        y = info(sample.input, *sample.args, **sample.kwargs)
+        return tensors(sample.output_process_fn_grad(y) if sample.output_process_fn_grad else y)
+    return compare(run, xs, tol)
+
+def check_module(info, sample, training, tol=1e-7):
+    args,kwargs = sample.constructor_input.args,sample.constructor_input.kwargs
+    torch.manual_seed(0)
+    m = info.module_cls(*args, **kwargs).double().train(training)
+    ins = sample.forward_input
+    if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in m.parameters()): m(*ins.args, **ins.kwargs)
+    state = {k: v.clone() for k,v in m.state_dict().items()}
+    xs = [t for t in [*m.parameters(), *tensors([ins.args, ins.kwargs])] if t.requires_grad]
+    def run():
+        m.load_state_dict(state)
+        torch.manual_seed(1)
+        return tensors(m(*ins.args, **ins.kwargs))
+    return compare(run, xs, tol)
+
+def name_of(info): return info.name + (f'.{info.variant_test_name}' if getattr(info, 'variant_test_name', '') else '')
+
+def verdict(checks):
+    "('exact' | 'refused' | 'wrong' | 'nothing to differentiate', the reason)"
+    found = 'nothing to differentiate'
+    for check in checks:
+        try: found = 'exact' if check() else found
+        except NotImplementedError as e: return 'refused',str(e)
+        except AssertionError as e: return 'wrong',' '.join(str(e).split())
+        except Exception as e: return 'wrong',f'{type(e).__name__}: {e}'
+    return found,''
+
+def samples_of(info):
+    return info.sample_inputs('cpu', torch.float64, requires_grad=True)
+
+def operators(most=None):
+    "{name: verdict} of every operator that PyTorch differentiates in float64"
+    out = {}
+    for info in op_db:
+        if torch.float64 not in info.dtypes or not info.supports_autograd: continue
+        torch.manual_seed(0)
+        samples = itertools.islice(samples_of(info), most)
+        out[name_of(info)] = verdict(lambda s=s: check_op(info, s) for s in samples)
+    return out
+
+def modules(most=None):
+    "{name: verdict} of every module, in training and in evaluation"
+    out = {}
+    for info in module_db:
+        def checks(info=info):
+            for training in (True, False):
+                torch.manual_seed(0)
+                for s in itertools.islice(info.module_inputs_func(info, device='cpu', dtype=torch.float64, requires_grad=True, training=training), most):
+                    yield lambda s=s, training=training: check_module(info, s, training)
+        out[info.name] = verdict(checks())
+    return out
+
+def report(title, found):
+    counts = Counter(v for v,_ in found.values())
+    lines = [f'## {title}', '', ', '.join(f'{n} {v}' for v,n in counts.most_common()) + f' of {len(found)}.', '', '| name | | why |', '|---|---|---|']
+    return lines + [f'| {name} | {"known" if name in KNOWN else v} | {KNOWN.get(name, why)[:160].replace("|", "/")} |' for name,(v,why) in found.items() if v in ('refused', 'wrong')] + ['']
+
+if __name__ == '__main__':
+    warnings.simplefilter('ignore')
+    most = int(sys.argv[1]) if len(sys.argv) > 1 else None
+    found = dict(operators=operators(most), modules=modules(most))
+    lines = ['# The tape against PyTorch\'s own test material', '', f'`python tests/sweep.py`, {date.today()}, torch {torch.__version__}, float64, '
+             'relative tolerance 1e-7: the gradients of every sample of `op_db` and `module_db`.', '']
+    for title,f in found.items(): lines += report(title.capitalize(), f)
+    if most is None: Path(__file__).resolve().parent.parent.joinpath('bench/results/sweep.md').write_text('\n'.join(lines))
+    print('\n'.join(lines))
