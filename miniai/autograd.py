@@ -5,6 +5,7 @@
 # %% ../nbs/12_autograd.ipynb #6cd1ba32
 from __future__ import annotations
 import html, sys
+from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import count
@@ -21,9 +22,9 @@ from .rules import PARTS, RULES, Plan, Rule, aten, tensors
 # %% auto #0
 __all__ = ['VERSIONS', 'is_excluded', 'SERIAL', 'RECURRENT', 'NONE', 'TORCH', 'TWINS', 'FORGETS', 'Like', 'Kept', 'is_float',
            'listed', 'keep', 'kept', 'Node', 'Edge', 'Tape', 'counts', 'versions', 'defaults', 'in_full', 'composite',
-           'writes', 'decomposition', 'NoRules', 'fit', 'Grads', 'leads', 'path', 'seed', 'accumulate', 'Context',
-           'apply_here', 'open_tapes', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Torch', 'twin', 'window',
-           'engine', 'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
+           'writes', 'decomposition', 'NoRules', 'fit', 'Grads', 'forget', 'leads', 'path', 'seed', 'accumulate',
+           'Context', 'apply_here', 'open_tapes', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Torch',
+           'twin', 'window', 'engine', 'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
 
 # %% ../nbs/12_autograd.ipynb #44df3dc3
 class Like:
@@ -72,7 +73,7 @@ class Edge:
     "Output `i` of a node (None: a constant); for a view, the edge that its base had. A copy or pickle of a tensor has none."
     __slots__ = 'node', 'i', 'was'
     def __init__(self, node, i=0, was=None): self.node,self.i,self.was = node,i,was
-    def __reduce__(self): return type(None), ()
+    def __reduce__(self): return OrderedDict, ()
     def __deepcopy__(self, memo):
         if self.node and self.node.parents:
             raise RuntimeError('deepcopy: this tensor was computed on a tape, and a copy would leave it; use clone(), or detach() it first')
@@ -85,7 +86,7 @@ class Tape(TorchDispatchMode):
         model=None,  # a module whose parts give the recorded operators their names
     ):
         super().__init__()
-        self.key,self.numbers,self.walking,self.seen,self.guards = f'_edge{next(SERIAL)}',count(),False,set(),[]
+        self.key,self.numbers,self.walking,self.seen,self.guards = f'_edge{next(SERIAL)}',count(),False,{},[]
         self.last,self.names = None,{id(m): name for name,m in model.named_modules()} if model else {}
         self.follow = follow or (lambda x: x.requires_grad or type(x) is Tensor or not isinstance(x, torch.nn.Parameter))
 
@@ -103,7 +104,7 @@ class Tape(TorchDispatchMode):
         self.guards.pop().__exit__(*error)
 
     def __del__(self):
-        for seen in self.seen:
+        for seen in self.seen.values():
             if (x := seen()) is not None: x.__dict__.pop(self.key, None)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -195,7 +196,7 @@ def source(self:Tape, x)->Edge|None:
     "Where `x` came from; a leaf is made for a tensor from outside; None for a constant or what is no tensor of floats."
     if not isinstance(x, Tensor): return None
     edge = x.__dict__.get(self.key)
-    if edge is None:
+    if not edge:
         if not is_float(x): return None
         edge = self.watch(x) if self.follow(x) else self.see(x, None)
     elif edge.was and x._base is not None and x._base.__dict__[self.key] is not edge.was: edge = self.look_again(x)
@@ -214,7 +215,7 @@ def see(self:Tape, x, node)->Edge:
     "Hang the first edge on a tensor from outside."
     if (base := x._base) is not None: self.source(base)
     x.__dict__[self.key] = edge = Edge(node, 0, None if base is None else base.__dict__[self.key])
-    self.seen.add(ref(x, self.seen.discard))
+    self.seen[id(x)] = ref(x)
     return edge
 
 @patch
@@ -288,18 +289,31 @@ class Grads:
 @patch
 def pull(self:Node,
     deep=False, # is the gradient itself to be differentiated? Then no closed kernels
+    key=None,   # of the tape that records the walk, if it is the node's own
 ):
     "One step of the chain rule: from the gradients at the outputs to those at the inputs."
     if self.args is None: raise RuntimeError(f'{self.op}: the tape was walked already and what it kept is gone; keep it with retain=True')
     args = [None if a is None else kept(a, self.op) for a in self.args]
     y = self.y and [kept(o, self.op) for o in self.y]
+    if key: own = self.recognize(key)
     if self.several: g = Grads(self.g, self.like)
     else: g,y = self.g[0],y and y[0]
     for i,p,d in self.derivatives(self.rule.plain if deep and self.rule.plain else self.rule, g, y, args):
         if d is NotImplemented: raise self.no_rule(f'input {i}')
         for e,d in zip(p, d, strict=True) if p.__class__ is list else ((p, d),):
             if d is not None and e and e.node.useful: e.node.add(e.i, d)
+    if key: forget(own, key)
     if self.several and (missed := self.g.keys() - g.read): raise self.no_rule(f'output {min(missed)}')
+
+@patch
+def recognize(self:Node, key):
+    "Let the tape know the kept outputs for what they are: the node's; only for as long as its rule runs, for a node that holds itself is never let go."
+    own = [(i, k.x) for i,k in enumerate(self.y or ()) if isinstance(k, Kept)]
+    for i,x in own: x.__dict__[key] = Edge(self, i)
+    return [x for _,x in own]
+
+def forget(xs, key):
+    for x in xs: x.__dict__.pop(key, None)
 
 @patch
 def no_rule(self:Node, what):
@@ -361,7 +375,7 @@ def walk(self:Tape,
             n = order[-1]
             if n.g:
                 if n in asked: arrived(n)
-                if n.parents: n.pull(deep)
+                if n.parents: n.pull(deep, self.key if not self.walking and self in open_tapes() else None)
             order.pop().g = {}
             if not retain: n.free()
     finally:
@@ -447,7 +461,9 @@ def accumulate(x, g, taken):
 # %% ../nbs/12_autograd.ipynb #471ac01f
 class Context:
     "What the `forward` of a `torch.autograd.Function` hands to its `backward`."
-    def __init__(self, needs): self.needs_input_grad,self.kept,self.without,self.materialize = needs,(),(),True
+    def __init__(self, needs):
+        self.needs_input_grad,self.kept,self.without,self.materialize = needs,(),(),True
+        self.outputs,self.nodes = [],{}     # (place among the kept, number of the output); what it is on each tape
     def save_for_backward(self, *xs): self.kept = xs
     def mark_non_differentiable(self, *ys): self.without = ys
     def set_materialize_grads(self, value): self.materialize = value
@@ -464,8 +480,9 @@ def apply_here(cls, *args, **kwargs):
         if cls.setup_context is Function.setup_context: y = cls.forward(ctx, *args, **kwargs)
         else: cls.setup_context(ctx, args, y := cls.forward(*args, **kwargs))
         ys = [aten.alias(o) if any(o is a for a in args) else o for o in listed(y)]
-    outs = {id(o) for o in listed(y)}
-    ctx.kept = [o if o is None else Kept(aten.alias(o), o) if id(o) in outs else Kept(o) for o in ctx.kept]
+        outs = {id(o): i for i,o in enumerate(listed(y))}
+        ctx.outputs = [(k, outs[id(o)]) for k,o in enumerate(ctx.kept) if id(o) in outs]
+        ctx.kept = [o if o is None else Kept(aten.alias(o), o) if id(o) in outs else Kept(o) for o in ctx.kept]
     for t in tapes: t.record_own(cls, ctx, args, ys, isinstance(y, tuple))
     return tuple(ys) if isinstance(y, tuple) else ys[0]
 
@@ -473,13 +490,18 @@ def apply_here(cls, *args, **kwargs):
 def record_own(self:Tape, cls, ctx, args, ys, several):
     "Hang a node on what a Function gave; its rule is the Function's backward."
     def back(need, g, y):
-        gs = [g[i] if ctx.materialize or i in g.g else None for i in range(len(ys))]
-        return listed(cls.backward(ctx, *gs))
+        gs = [g[i] if ctx.materialize or i in g.g else None for i in range(len(like))]
+        for key,n in ctx.nodes.items():
+            for k,i in ctx.outputs: ctx.kept[k].x.__dict__[key] = Edge(n(), i)
+        try: return listed(cls.backward(ctx, *gs))
+        finally:
+            for key in ctx.nodes: forget([ctx.kept[k].x for k,_ in ctx.outputs], key)
     parents = [(i, e) for i,a in enumerate(args) if (e := self.source(a))]
     node = Node(next(self.numbers), cls.__name__, Rule((), (), back), parents, Plan({}, None, 0)) if parents else None
     for i,o in enumerate(ys):
         if is_float(o): o.__dict__[self.key] = Edge(None if any(o is w for w in ctx.without) else node, i)
-    if node: node.like,node.several = [Like(o) if is_float(o) else None for o in ys],True
+    like = [Like(o) if is_float(o) else None for o in ys]
+    if node: node.like,node.several,ctx.nodes[self.key] = like,True,ref(node)
 
 # %% ../nbs/12_autograd.ipynb #a8053939
 def open_tapes():

@@ -18,12 +18,13 @@ __all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Plan', 'PARTS', 'tensors', 'Rule',
            'finite', 'others', 'prod_back', 'cumprod_back', 'logcumsumexp_back', 'norm_back', 'rows', 'matmul_a',
            'matmul_b', 'index_back', 'zero_at', 'flat_at', 'at_index', 'within_shape', 'like_rows', 'reduce_back',
            'unmask', 'bn_back', 'conv_back', 'ln_back', 'gn_back', 'attention_back', 'mean_of', 'knee', 'bag_back',
-           'renorm_back', 'ctc_back', 'plain', 'conv_x', 'conv_w', 'over', 'unnorm', 'norm', 'channels', 'bn_x', 'bn_w',
-           'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope', 'attention', 'attention_s', 'nll_back', 'sym', 'skew', 'T',
-           'solve_H', 'det_back', 'slogdet_back', 'cholesky_back', 'eigh_back', 'eig_back', 'svd_back', 'qr_back',
-           'matrix_exp_back', 'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back',
-           'cholesky_inverse_back', 'pinv_back', 'lstsq_back', 'lu_factor_back', 'lu_back', 'lu_solve_back', 'padded',
-           'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'cross_entropy', 'pairs', 'trilinear']
+           'renorm_back', 'ctc_back', 'plain', 'each', 'conv_x', 'conv_w', 'over', 'unnorm', 'norm', 'channels', 'bn_x',
+           'bn_w', 'total', 'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope', 'attention', 'attention_s', 'nll_back',
+           'sym', 'skew', 'T', 'solve_H', 'det_back', 'slogdet_back', 'cholesky_back', 'eigh_back', 'eig_back',
+           'svd_back', 'qr_back', 'matrix_exp_back', 'solve_back', 'triangular_back', 'old_triangular_back',
+           'cholesky_solve_back', 'cholesky_inverse_back', 'pinv_back', 'lstsq_back', 'lu_factor_back', 'lu_back',
+           'lu_solve_back', 'padded', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'cross_entropy', 'pairs',
+           'trilinear']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -648,14 +649,17 @@ def plain(op, *fs):
     "The formula behind a kernel: used where its gradient is itself to be differentiated."
     for o in op if isinstance(op, tuple) else (op,): RULES[o].plain = Rule(fs, RULES[o].inputs)
 
+def each(v, n): return list(v)*n if len(v) == 1 else v
 def conv_x(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
     "The adjoint of a convolution is the transposed one, and the other way round."
+    stride,pad,dilation,outpad = (each(v, w.ndim-2) for v in (stride, pad, dilation, outpad))
     rest = [0]*len(stride)
     if not transposed: rest = [n - ((m-1)*s - 2*p + d*(k-1) + 1) for n,m,k,s,p,d in zip(x.shape[2:], g.shape[2:], w.shape[2:], stride, pad, dilation, strict=True)]
     return aten.convolution(g, w, None, stride, pad, dilation, not transposed, rest, groups)
 
 def conv_w(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
     "For each position in the kernel: the product of `g` with the inputs that it met there."
+    stride,pad,dilation = (each(v, w.ndim-2) for v in (stride, pad, dilation))
     few,many = (x, g) if transposed else (g, x)                                       # few positions, many positions
     many = torch.nn.functional.pad(many, [p for q in reversed(pad) for p in (q, q + 0)])
     few = few.flatten(2).unflatten(1, (groups, -1))                                   # (n, groups, channels, positions)
@@ -684,8 +688,9 @@ def bn_x(g, y, x, w, b, mean, var, train, momentum, eps):
 def bn_w(g, y, x, w, b, mean, var, train, momentum, eps):
     xh = norm(x, over(x), eps)[0] if train else (x - channels(mean, x))*channels((var+eps).rsqrt(), x)
     return (g[0]*xh).sum(over(x))
+def total(x, n): return x.sum(list(range(n))) if n else x
 def ln_dims(shape): return list(range(-len(shape), 0))
-def ln_w(g, y, x, shape, w, b, eps): return (g[0]*norm(x, ln_dims(shape), eps)[0]).sum(list(range(x.ndim-len(shape))))
+def ln_w(g, y, x, shape, w, b, eps): return total(g[0]*norm(x, ln_dims(shape), eps)[0], x.ndim-len(shape))
 def gn_x(g, y, x, w, b, n, c, hw, groups, eps):
     def split(t): return t.reshape(n, groups, -1)
     return unnorm(split(g[0]*channels(w, x)), split(x), [-1], eps).reshape(x.shape)
@@ -711,7 +716,7 @@ def attention_s(g, q, k, v, mask, causal, scale):
 
 plain(aten.convolution.default,       conv_x, conv_w, lambda g,y,x,w,b: g.sum(over(g)))
 plain((aten.native_batch_norm.default, aten._native_batch_norm_legit.default), bn_x, bn_w, lambda g,y: g[0].sum(over(g[0])))
-plain(aten.native_layer_norm.default, lambda g,y,x,shape,w,b,eps: unnorm(g[0] if w is None else g[0]*w, x, ln_dims(shape), eps), None, ln_w, lambda g,y,x,shape: g[0].sum(list(range(x.ndim-len(shape)))))
+plain(aten.native_layer_norm.default, lambda g,y,x,shape,w,b,eps: unnorm(g[0] if w is None else g[0]*w, x, ln_dims(shape), eps), None, ln_w, lambda g,y,x,shape: total(g[0], x.ndim-len(shape)))
 plain(aten.native_group_norm.default, gn_x, gn_w, lambda g,y: g[0].sum(over(g[0])))
 plain(aten._scaled_dot_product_flash_attention_for_cpu.default,
       lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale) @ k,
@@ -957,7 +962,7 @@ parts(aten.cross_entropy_loss.default,           lambda run,*args: cross_entropy
 parts(aten._cdist_forward.default,               lambda run,a,b,p,_: run(aten.linalg_vector_norm.default, run(aten.sub.Tensor, run(aten.unsqueeze.default, a, -2), run(aten.unsqueeze.default, b, -3)), p, [-1]))
 parts(aten._pdist_forward.default,               lambda run,x,p: pairs(run, x, p, torch.triu_indices(len(x), len(x), 1, device=x.device)))
 parts(aten._trilinear.default,                   lambda run,a,b,c,*how: trilinear(run, a, b, c, *how))
-parts(aten.embedding_bag.padding_idx,            lambda run,w,i,at,freq,mode,_,each,last,pad: run(aten._embedding_bag.default, w, i, at, freq, mode, False, each, last, -1 if pad is None else pad % len(w)))
+parts(aten.embedding_bag.padding_idx,            lambda run,w,i,at,freq,mode,_,each,last,pad: run(aten._embedding_bag.default, w, i.contiguous(), at.contiguous(), freq, mode, False, each, last, -1 if pad is None else pad % len(w)))
 parts(aten._embedding_bag_forward_only.default,  lambda run,w,i,*how: run(aten._embedding_bag.default, w, i, *how))
 
 def cast(run, x, dtype): return x if dtype in (None, x.dtype) else run(aten._to_copy.default, x, dtype=dtype)

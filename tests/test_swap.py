@@ -1,7 +1,8 @@
-"The joints: module, optimizer, loader and loop are ours or PyTorch's in any combination, and the loss curve is one."
+"The joints: engine, module, optimizer, loader and loop are ours or PyTorch's in any combination, and the loss curve is one."
 from itertools import product
 import pytest, torch
 from miniai import nn, optim
+from miniai.autograd import engine
 from miniai.data import BatchSampler, DataLoader, Dataset, Sampler
 from miniai.datasets import DataLoaders
 from miniai.learner import Callback, Learner
@@ -26,25 +27,26 @@ class Losses(Callback):
     def before_fit(self, learn): self.all = []
     def after_loss(self, learn): self.all.append(learn.loss.item())
 
-def our_loop(model, opt_func, dl):
-    Learner(model, DataLoaders(dl, dl), lr=.05, opt_func=opt_func, cbs=(cb := Losses())).fit(4, valid=False)
+def our_loop(engine_name, model, opt_func, dl):
+    Learner(model, DataLoaders(dl, dl), lr=.05, opt_func=opt_func, engine=engine_name, cbs=(cb := Losses())).fit(4, valid=False)
     return cb.all[:STEPS]
 
-def torch_loop(model, opt_func, dl):
+def torch_loop(engine_name, model, opt_func, dl):
     opt, losses = opt_func(model.parameters(), lr=.05), []
     model.train()
     for _ in range(4):
         for xb, yb in dl:
-            loss = torch.nn.functional.cross_entropy(model(xb), yb)
-            loss.backward(); opt.step(); opt.zero_grad()
+            with engine(engine_name):
+                loss = torch.nn.functional.cross_entropy(model(xb), yb)
+                loss.backward(); opt.step(); opt.zero_grad()
             losses.append(loss.item())
     return losses[:STEPS]
 
-JOINTS = dict(module=(our_module, torch_module), optimizer=(optim.SGD, torch.optim.SGD), loader=(our_loader, torch_loader), loop=(our_loop, torch_loop))
+JOINTS = dict(engine=('tape', 'torch'), module=(our_module, torch_module), optimizer=(optim.SGD, torch.optim.SGD), loader=(our_loader, torch_loader), loop=(our_loop, torch_loop))
 
-def curve(module, optimizer, loader, loop, dtype):
+def curve(engine_name, module, optimizer, loader, loop, dtype):
     torch.manual_seed(0)
-    return loop(module().to(dtype), lambda ps, lr: optimizer(ps, lr=lr, momentum=.9, weight_decay=1e-3), loader(data(dtype)))
+    return loop(engine_name, module().to(dtype), lambda ps, lr: optimizer(ps, lr=lr, momentum=.9, weight_decay=1e-3), loader(data(dtype)))
 
 @pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=['float32', 'float64'])
 @pytest.mark.parametrize('ours', list(product([True, False], repeat=len(JOINTS))), ids=lambda o: ''.join('mt'[not x] for x in o))
