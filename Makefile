@@ -1,5 +1,5 @@
 BIN := .venv/bin
-.PHONY: demo test check setup bench clean help
+.PHONY: demo test check sweep setup bench clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -16,6 +16,9 @@ check: .venv/.dev  ## are notebooks, modules and README in step?
 
 bench: .venv/.dev  ## measure, and write bench/results/
 	@for script in bench/*.py; do echo $$script; $(BIN)/python $$script; done
+
+sweep: .venv/.dev  ## the tape against all of PyTorch's own test material
+	@PYTHONPATH=. $(BIN)/python tests/sweep.py
 
 setup: .venv/.dev  ## the development environment, nothing else
 

@@ -272,7 +272,8 @@ def fit(g, like):
     "`g` in the shape and type of what it is the gradient of: what was repeated is summed, what was cast is cast back."
     if g.shape != like.shape:
         if g.ndim > like.ndim: g = g.sum(list(range(g.ndim-like.ndim)))
-        if g.shape != like.shape: g = g.sum([i for i,n in enumerate(like.shape) if n == 1], keepdim=True)
+        if g.shape != like.shape and (ones := [i for i,n in enumerate(like.shape) if n == 1]): g = g.sum(ones, keepdim=True)
+        if g.shape != like.shape: raise ValueError(f'a rule gave a gradient {tuple(g.shape)} for an input {tuple(like.shape)}')
     if g.dtype != like.dtype: g = (g.real if g.is_complex() and not like.dtype.is_complex else g).to(like.dtype)
     return g
 
@@ -307,7 +308,7 @@ def pull(self:Node,
 
 @patch
 def recognize(self:Node, key):
-    "Let the tape know the kept outputs for what they are: the node's; only for as long as its rule runs, for a node that holds itself is never let go."
+    "Let the tape know the kept outputs for what they are, while the rule runs: a node that held itself would never be let go."
     own = [(i, k.x) for i,k in enumerate(self.y or ()) if isinstance(k, Kept)]
     for i,x in own: x.__dict__[key] = Edge(self, i)
     return [x for _,x in own]

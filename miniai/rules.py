@@ -655,7 +655,8 @@ def conv_x(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
     stride,pad,dilation,outpad = (each(v, w.ndim-2) for v in (stride, pad, dilation, outpad))
     rest = [0]*len(stride)
     if not transposed: rest = [n - ((m-1)*s - 2*p + d*(k-1) + 1) for n,m,k,s,p,d in zip(x.shape[2:], g.shape[2:], w.shape[2:], stride, pad, dilation, strict=True)]
-    return aten.convolution(g, w, None, stride, pad, dilation, not transposed, rest, groups)
+    gx = aten.convolution(g, w, None, stride, pad, dilation, not transposed, rest, groups)
+    return gx[(slice(None), slice(None), *map(slice, x.shape[2:]))]          # of output padding nothing comes back
 
 def conv_w(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
     "For each position in the kernel: the product of `g` with the inputs that it met there."
