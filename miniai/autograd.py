@@ -22,9 +22,9 @@ from .rules import PARTS, RULES, Plan, Rule, aten, tensors
 # %% auto #0
 __all__ = ['VERSIONS', 'is_excluded', 'SERIAL', 'RECURRENT', 'NONE', 'TORCH', 'TWINS', 'FORGETS', 'Like', 'Kept', 'is_float',
            'listed', 'keep', 'kept', 'Node', 'Edge', 'Tape', 'counts', 'versions', 'defaults', 'in_full', 'composite',
-           'writes', 'decomposition', 'NoRules', 'fit', 'Grads', 'forget', 'leads', 'path', 'seed', 'accumulate',
-           'Context', 'apply_here', 'open_tapes', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Torch',
-           'twin', 'window', 'engine', 'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
+           'writes', 'decomposition', 'NoRules', 'fit', 'Grads', 'forget', 'path', 'seed', 'accumulate', 'Context',
+           'apply_here', 'open_tapes', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Torch', 'twin', 'window',
+           'engine', 'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
 
 # %% ../nbs/12_autograd.ipynb #44df3dc3
 class Like:
@@ -62,12 +62,15 @@ def kept(a, op):
 # %% ../nbs/12_autograd.ipynb #a05ff90b
 class Node:
     "One call of an operator: its rule, where its inputs came from, and what its rule will read."
-    __slots__ = 'number op rule parents edges plan args y like g several useful x where __weakref__'.split()
-    def __init__(self, number, op, rule=None, parents=(), plan=None):
-        self.number,self.op,self.rule,self.plan = number,op,rule,plan
+    y,x,g,where,useful,several = None,None,None,'',False,False
+    def __init__(self, number, op, rule=None, parents=(), plan=None, args=()):
+        self.number,self.op,self.rule,self.plan,self.args = number,op,rule,plan,args
         self.parents = parents     # (number of the input, its edge or a list of edges)
-        self.edges = [e for _,p in parents for e in (p if p.__class__ is list else (p,)) if e] if parents else ()
-        self.args,self.y,self.g,self.several,self.useful,self.x,self.where = (),None,{},False,False,None,''
+
+    @property
+    def edges(self):
+        "Where the inputs came from, lists flattened."
+        return [e for _,p in self.parents for e in (p if p.__class__ is list else (p,)) if e]
 
 class Edge:
     "Output `i` of a node (None: a constant); for a view, the edge that its base had. A copy or pickle of a tensor has none."
@@ -221,26 +224,25 @@ def see(self:Tape, x, node)->Edge:
 @patch
 def parents(self:Tape, rule, args):
     "(number of the input, its edge or list of edges) of every input that is followed and has a derivative."
-    found = []
+    found,key = [],self.key
     for i in rule.inputs:
-        a = args[i]
-        if isinstance(a, (list, tuple)):
+        if (a := args[i]) is None: continue
+        if a.__class__ in (list, tuple):
             if any(edges := [self.source(o) for o in a]): found.append((i, edges))
-        elif edge := self.source(a): found.append((i, edge))
+        else:
+            edge = a.__dict__.get(key) if isinstance(a, Tensor) else None
+            if not edge or edge.was or not edge.node: edge = self.source(a)
+            if edge: found.append((i, edge))
     return found
 
 @patch
 def record(self:Tape, op, rule, args, y):
     "`op(*args)` gave `y`: hang a node on it, or mark it as a constant."
-    parents = self.parents(rule, args)
-    node = self.node(op, rule, parents, args) if parents else None
+    node = self.node(op, rule, parents, args) if (parents := self.parents(rule, args)) else None
     was = self.base_edge(args[0]) if op.is_view and rule.inputs else None
-    for i,o in enumerate(listed(y)):
-        if is_float(o) and not any(o is a for a in args): o.__dict__[self.key] = Edge(node, i, was)
-    if node:
-        node.saw(y)
-        self.last = ref(node)
-        if self.names: node.where = self.caller()
+    for i,o in enumerate(y if y.__class__ in (list, tuple) else (y,)):
+        if is_float(o) and self.key not in o.__dict__: o.__dict__[self.key] = Edge(node, i, was)     # else it is an input
+    if node: self.saw(node, y)
 
 @patch
 def base_edge(self:Tape, x)->Edge|None:
@@ -251,21 +253,23 @@ def base_edge(self:Tape, x)->Edge|None:
 def node(self:Tape, op, rule, parents, args):
     "A node that keeps what its rule will read of the arguments."
     plan = rule.plan(tuple([i for i,_ in parents]))
-    node = Node(next(self.numbers), op, rule, parents, plan)
-    if plan.n is None: node.args = [keep(a, 'value') for a in args]
+    if plan.n is None: kept = [keep(a, 'value') for a in args]
     else:
-        node.args = [None]*plan.n
-        for i,how in plan.args.items(): node.args[i] = keep(args[i], how)
-    return node
+        kept = [None]*plan.n
+        for i,how in plan.args.items(): kept[i] = keep(args[i], how)
+    return Node(next(self.numbers), op, rule, parents, plan, kept)
 
 @patch
-def saw(self:Node, y, more=0):
-    "What came out, and as much of it as the rule will read; as an alias, for the output itself holds the node."
-    self.several,want = isinstance(y, (list, tuple)),self.plan.y
-    ys = y if self.several else (y,)
-    self.like = [Like(o) if is_float(o) else None for o in ys]
-    if want == 'like': self.y = self.like
-    elif want: self.y = [Kept(aten.alias.default(o), o, more) if want == 'value' or i in want else None for i,o in enumerate(ys)]
+def saw(self:Tape, node, y, more=0):
+    "What came out of a node, and as much of it as the rule will read; as an alias, for the output itself holds the node."
+    want = node.plan.y
+    if y.__class__ in (list, tuple): node.several,ys = True,y
+    else: ys = (y,)
+    node.like = [Like(o) if is_float(o) else None for o in ys]
+    if want == 'like': node.y = node.like
+    elif want: node.y = [Kept(aten.alias.default(o), o, more) if want == 'value' or i in want else None for i,o in enumerate(ys)]
+    self.last = ref(node)
+    if self.names: node.where = self.caller()
 
 # %% ../nbs/12_autograd.ipynb #1b0dab15
 def fit(g, like):
@@ -323,25 +327,25 @@ def no_rule(self:Node, what):
 @patch
 def derivatives(self:Node, rule, g, y, args):
     "(number of the input, its edges, its gradient) for all that lead somewhere."
-    todo = [(i, p) for i,p in self.parents if leads(p)]
+    todo = [(i, p) for i,p in self.parents if (any(e and e.node.useful for e in p) if p.__class__ is list else p.node.useful)]
     if rule.together:
-        numbers = {i for i,_ in todo}
+        numbers = [i for i,_ in todo]
         gs = rule.together([i in numbers for i in range(len(args))], g, y, *args)
         return [(i, p, gs[i] if i < len(gs) else NotImplemented) for i,p in todo]
     return [(i, p, rule.fs[i](g, y, *args[:rule.counts[i]]) if i < len(rule.fs) else NotImplemented) for i,p in todo]
 
-def leads(p): return any(e and e.node.useful for e in p) if isinstance(p, list) else p.node.useful
-
 @patch
 def add(self:Node, i, d):
     "Contributions to one gradient add up."
-    d = fit(d, self.like[i])
-    self.g[i] = self.g[i] + d if i in self.g else d
+    like = self.like[i]
+    if d.shape != like.shape or d.dtype != like.dtype: d = fit(d, like)
+    if self.g is None: self.g = {i: d}
+    else: self.g[i] = self.g[i] + d if i in self.g else d
 
 @patch
 def free(self:Node):
     "Let go of the tensors that were kept."
-    if self.plan and (self.plan.y not in (None, 'like') or 'value' in self.plan.args.values()): self.args = self.y = None
+    if self.plan and self.plan.holds: self.args = self.y = None
 
 # %% ../nbs/12_autograd.ipynb #ab9ff9df
 def path(tops, wanted):
@@ -349,9 +353,9 @@ def path(tops, wanted):
     seen,todo = set(tops),list(tops)
     while todo:
         for e in todo.pop().edges:
-            if e.node not in seen:
-                seen.add(e.node)
-                todo.append(e.node)
+            if (node := e.node) not in seen:
+                seen.add(node)
+                todo.append(node)
     order = sorted(seen, key=lambda n: n.number)
     asked = {n for n in order if wanted(n)}
     for n in order:
@@ -368,7 +372,8 @@ def walk(self:Tape,
 ):
     "The chain rule, from the outputs back: each node once, the last made first."
     order,asked = path([e.node for e,_ in starts], wanted)
-    deep = any(not t.walking for t in open_tapes())
+    here = [t for t in open_tapes() if not t.walking]
+    deep,key = bool(here),self.key if self in here else None
     try:
         for e,g in starts:
             if e.node.useful: e.node.add(e.i, g)
@@ -376,11 +381,11 @@ def walk(self:Tape,
             n = order[-1]
             if n.g:
                 if n in asked: arrived(n)
-                if n.parents: n.pull(deep, self.key if not self.walking and self in open_tapes() else None)
-            order.pop().g = {}
+                if n.parents: n.pull(deep, key)
+            order.pop().g = None
             if not retain: n.free()
     finally:
-        for n in order: n.g = {}
+        for n in order: n.g = None
 
 @patch
 @contextmanager
@@ -498,7 +503,7 @@ def record_own(self:Tape, cls, ctx, args, ys, several):
         finally:
             for key in ctx.nodes: forget([ctx.kept[k].x for k,_ in ctx.outputs], key)
     parents = [(i, e) for i,a in enumerate(args) if (e := self.source(a))]
-    node = Node(next(self.numbers), cls.__name__, Rule((), (), back), parents, Plan({}, None, 0)) if parents else None
+    node = Node(next(self.numbers), cls.__name__, Rule((), (), back), parents, Plan({}, None, 0, False)) if parents else None
     for i,o in enumerate(ys):
         if is_float(o): o.__dict__[self.key] = Edge(None if any(o is w for w in ctx.without) else node, i)
     like = [Like(o) if is_float(o) else None for o in ys]
@@ -589,7 +594,7 @@ def write(self:Tape, op, args, kwargs):
     for i,a in enumerate(node.args if node else ()):
         if isinstance(a, Kept) and a.x is x: node.args[i] = Kept(x.clone())      # it is about to be written over
     y = op(*args, **kwargs)
-    if node: node.saw(x, more=1)                                                # PyTorch counts this change when we are done
+    if node: self.saw(node, x, more=1)                                                # PyTorch counts this change when we are done
     self.written(x, node, torch.Tag.inplace_view in op.tags)
     return y
 

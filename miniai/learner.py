@@ -6,7 +6,6 @@
 from __future__ import annotations
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from fastcore.basics import patch
 import torch
 from torch import Tensor
@@ -94,8 +93,7 @@ class Learner:
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         self.cbs,self.epoch,self.row,self.rows = [],0,{},[]
-        self.engine = partial(autograd.engine, engine)
-        self.engine()      # a name that there is
+        self.engine = autograd.engine(engine)
         self.add_cbs(cbs)
 
     # the five verbs
@@ -116,7 +114,7 @@ class Learner:
 
     def all_batches(self):
         for self.iter,self.batch in enumerate(self.dl):
-            with self.engine() if self.training else nullcontext(): self.level('batch', self.one_batch)
+            with self.engine if self.training else nullcontext(): self.level('batch', self.one_batch)
 
     def one_pass(self, name:str):      # `train` or `valid`
         self.training,self.dl = name == 'train',getattr(self.dls, name)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Plan', 'PARTS', 'tensors', 'Rule', 'rule', 'overloads', 'own', 'reads', 'more',
-           'merged', 'conj', 'times', 'slope', 'within', 'at_least', 'at_most', 'turn', 'real', 'flat', 'tie',
+           'merged', 'plan', 'conj', 'times', 'slope', 'within', 'at_least', 'at_most', 'turn', 'real', 'flat', 'tie',
            'same_div', 'unknown', 'put_back', 'inverse', 'blank', 'uncat', 'unrepeat', 'unfold_back', 'strided_back',
            'extent', 'listed', 'spread', 'size', 'centred', 'freedom', 'std_back', 'evenly', 'first', 'pick_back',
            'finite', 'others', 'prod_back', 'cumprod_back', 'logcumsumexp_back', 'norm_back', 'rows', 'matmul_a',
@@ -92,7 +92,7 @@ def own(f, fs):
 # %% ../nbs/11_rules.ipynb #95c9bdda
 LIKE = 'shape', 'ndim', 'dtype'
 ORDER = None, 'like', 'value'
-Plan = namedtuple('Plan', 'args y n')     # {number of the argument: 'value' or 'like'}; for y too, or the set of its outputs; how many arguments
+Plan = namedtuple('Plan', 'args y n holds')     # {number of the argument: 'value' or 'like'}; for y too, or a set of outputs; how many; any value?
 
 @cache
 def reads(
@@ -110,7 +110,7 @@ def reads(
             how = 'like' if then.opname == 'LOAD_ATTR' and then.argval in LIKE else 'value'
             if name == names[0]: y = more(y, {then.argval} if 'SUBSCR' in last.opname and isinstance(then.argval, int) else how)
             else: args[names.index(name)-1] = more(args.get(names.index(name)-1), how)
-    return Plan(args, y, None if f.__code__.co_flags & 4 else len(names)-1)
+    return plan(args, y, None if f.__code__.co_flags & 4 else len(names)-1)
 
 def more(a, b):
     "The more of two."
@@ -124,7 +124,9 @@ def merged(plans)->Plan:
     for p in plans:
         y,n = more(y, p.y),None if p.n is None or n is None else max(n, p.n)
         for k,how in p.args.items(): args[k] = more(args.get(k), how)
-    return Plan(args, y, n)
+    return plan(args, y, n)
+
+def plan(args, y, n): return Plan(args, y, n, n is None or y not in (None, 'like') or 'value' in args.values())
 
 # %% ../nbs/11_rules.ipynb #0ffcf753
 def conj(x):

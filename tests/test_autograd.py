@@ -399,10 +399,10 @@ def test_gradcheck_looks_at_second_derivatives():
     with pytest.raises(ValueError, match='second derivative of input 0'): gradcheck(square, [normal(4)])
 
 def test_what_a_rule_reads():
-    assert reads(lambda g,y,a,b: g*b) == Plan({1: 'value'}, None, 2)
-    assert reads(lambda g,y,a: g.expand(a.shape)) == Plan({0: 'like'}, None, 1)
-    assert reads(lambda g,y,a: g[0]*y[1]) == Plan({}, {1}, 1)
-    assert reads(lambda g,y,a: (lambda z: z*a)(g)) == Plan({0: 'value'}, None, 1)
+    assert reads(lambda g,y,a,b: g*b) == Plan({1: 'value'}, None, 2, True)
+    assert reads(lambda g,y,a: g.expand(a.shape)) == Plan({0: 'like'}, None, 1, False)
+    assert reads(lambda g,y,a: g[0]*y[1]) == Plan({}, {1}, 1, True)
+    assert reads(lambda g,y,a: (lambda z: z*a)(g)) == Plan({0: 'value'}, None, 1, True)
 
 # -- memory and time
 
