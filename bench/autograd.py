@@ -33,10 +33,15 @@ class Transformer(nn.Module):
     def __init__(self, d=128, heads=4, depth=4):
         super().__init__()
         layer = nn.TransformerEncoderLayer(d, heads, 4*d, dropout=.1, activation='gelu', batch_first=True, norm_first=True)
-        self.embed, self.layers, self.head = nn.Linear(28, d), nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(d, 10)
+        self.embed, self.head = nn.Linear(28, d), nn.Linear(d, 10)
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
     def forward(self, x): return self.head(self.layers(self.embed(x.squeeze(1))).mean(1))
 
-CASES = {'MLP 784-50-10, batch 64': (mlp, 64, 1.3), 'CNN, batch 256': (cnn, 256, 1.05), 'ResNet, batch 256': (resnet, 256, 1.), 'transformer, batch 128': (Transformer, 128, None)}
+CASES = {     # the model, its batch, and the ratio of times that we aim at
+    'MLP 784-50-10, batch 64': (mlp, 64, 1.3),
+    'CNN, batch 256': (cnn, 256, 1.05),
+    'ResNet, batch 256': (resnet, 256, 1.),
+    'transformer, batch 128': (Transformer, 128, None)}
 
 def step(make, bs, name):
     "A function that runs forward and backward once, with the engine of that name"
@@ -95,10 +100,14 @@ def main():
         theirs, ours = ratios(make, bs, args.repeats, args.seconds)
         each = sorted(a/b for a,b in zip(ours, theirs, strict=True))
         mb = [statistics.median(megabytes(case, name) for _ in range(1 if args.small else 3)) for name in ('torch', 'tape')]
-        rows.append((case, f'{statistics.median(theirs)*1e3:.3g}', f'{statistics.median(ours)*1e3:.3g}', f'**{statistics.median(each):.2f}**', f'{each[0]:.2f}-{each[-1]:.2f}',
-                     '' if aim is None else f'{aim:g}', *((f'{mb[0]:.1f}', f'{mb[1]:.1f}', f'**{mb[1]/mb[0]:.2f}**') if mb[0] > 1 else ('', '', ''))))
-    write('autograd', 'The tape against PyTorch\'s autograd', ('', 'torch, ms', 'tape, ms', 'ratio', 'range', 'aim', 'torch, MB', 'tape, MB', 'ratio'), rows,
-          f'Forward and backward of float32 images of 28×28 with cross-entropy; {torch.get_num_threads()} threads. Time: medians over {args.repeats} turns, the ratio within each turn. '
-          'Memory: the peak of one step above what stays between steps, in a process of its own with every tensor mapped by itself (aim 1.15).')
+        memory = (f'{mb[0]:.1f}', f'{mb[1]:.1f}', f'**{mb[1]/mb[0]:.2f}**') if mb[0] > 1 else ('', '', '')
+        ms = (f'{statistics.median(ts)*1e3:.3g}' for ts in (theirs, ours))
+        rows.append((case, *ms, f'**{statistics.median(each):.2f}**', f'{each[0]:.2f}-{each[-1]:.2f}',
+                     '' if aim is None else f'{aim:g}', *memory))
+    head = '', 'torch, ms', 'tape, ms', 'ratio', 'range', 'aim', 'torch, MB', 'tape, MB', 'ratio'
+    write('autograd', "The tape against PyTorch's autograd", head, rows,
+          f'Forward and backward of float32 images of 28×28 with cross-entropy; {torch.get_num_threads()} threads. '
+          f'Time: medians over {args.repeats} turns, the ratio within each turn. '
+          'Memory: the peak of one step above what stays between steps, in a process of its own, every tensor mapped by itself (aim 1.15).')
 
 if __name__ == '__main__': main()
