@@ -19,9 +19,9 @@ __all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Plan', 'PARTS', 'tensors', 'Rule',
            'matmul_b', 'index_back', 'zero_at', 'flat_at', 'at_index', 'within_shape', 'like_rows', 'reduce_back',
            'unmask', 'bn_back', 'conv_back', 'ln_back', 'gn_back', 'attention_back', 'mean_of', 'knee', 'bag_back',
            'renorm_back', 'ctc_back', 'plain', 'each', 'conv_x', 'conv_w', 'over', 'unnorm', 'norm', 'channels', 'bn_x',
-           'bn_w', 'total', 'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope', 'attention', 'attention_s', 'nll_back',
-           'sym', 'skew', 'T', 'solve_H', 'det_back', 'slogdet_back', 'cholesky_back', 'eigh_back', 'eig_back',
-           'svd_back', 'qr_back', 'matrix_exp_back', 'solve_back', 'triangular_back', 'old_triangular_back',
+           'bn_w', 'total', 'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope', 'attention', 'attention_s', 'root',
+           'nll_back', 'sym', 'skew', 'T', 'solve_H', 'det_back', 'slogdet_back', 'cholesky_back', 'eigh_back',
+           'eig_back', 'svd_back', 'qr_back', 'matrix_exp_back', 'solve_back', 'triangular_back', 'old_triangular_back',
            'cholesky_solve_back', 'cholesky_inverse_back', 'pinv_back', 'lstsq_back', 'lu_factor_back', 'lu_back',
            'lu_solve_back', 'padded', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'cross_entropy', 'pairs',
            'trilinear']
@@ -552,7 +552,8 @@ def ln_back(need, g, y, x, shape, w, b, eps):
 def gn_back(need, g, y, x, w, b, n, c, hw, groups, eps):
     return aten.native_group_norm_backward(g[0].contiguous(), x.contiguous(), y[1], y[2], w, n, c, hw, groups, need[:3])
 def attention_back(need, g, y, q, k, v, p, causal, mask, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(g[0], q, k, v, y[0], y[1], p, causal, attn_mask=mask, scale=scale)
+    gs = aten._scaled_dot_product_flash_attention_for_cpu_backward(g[0], q, k, v, y[0], y[1], p, causal, attn_mask=mask, scale=scale)
+    return (*gs, None, None, attention_s(g[0], q, k, v, mask, causal, scale) if need[5] else None)      # of the mask the kernel knows nothing
 
 rule(aten.convolution.default,                         together=conv_back, inputs=(0, 1, 2))
 rule(aten.native_layer_norm.default,                   together=ln_back)
@@ -708,23 +709,25 @@ def gelu_slope(a, approximate):
 
 def attention(q, k, mask, causal, scale):
     "The weights: how much each query looks at each key."
-    scale = 1/math.sqrt(q.shape[-1]) if scale is None else scale
-    s = q @ k.mT * scale
+    s = q @ k.mT * root(q, scale)
     if causal: s = s + torch.full(s.shape[-2:], -math.inf, dtype=s.dtype, device=s.device).triu(1)
-    return (s if mask is None else s + mask).softmax(-1),scale
+    return (s if mask is None else s + mask).softmax(-1)
 def attention_s(g, q, k, v, mask, causal, scale):
-    p,scale = attention(q, k, mask, causal, scale)
+    "dL/ds, s what goes into the softmax"
+    p = attention(q, k, mask, causal, scale)
     gp = g @ v.mT
-    return p*(gp - (gp*p).sum(-1, keepdim=True))*scale
+    return p*(gp - (gp*p).sum(-1, keepdim=True))
+def root(q, scale): return 1/math.sqrt(q.shape[-1]) if scale is None else scale
 
 plain(aten.convolution.default,       conv_x, conv_w, lambda g,y,x,w,b: g.sum(over(g)))
 plain((aten.native_batch_norm.default, aten._native_batch_norm_legit.default), bn_x, bn_w, lambda g,y: g[0].sum(over(g[0])))
 plain(aten.native_layer_norm.default, lambda g,y,x,shape,w,b,eps: unnorm(g[0] if w is None else g[0]*w, x, ln_dims(shape), eps), None, ln_w, lambda g,y,x,shape: total(g[0], x.ndim-len(shape)))
 plain(aten.native_group_norm.default, gn_x, gn_w, lambda g,y: g[0].sum(over(g[0])))
 plain(aten._scaled_dot_product_flash_attention_for_cpu.default,
-      lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale) @ k,
-      lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale).mT @ q,
-      lambda g,y,q,k,v,p,causal,mask,scale: attention(q, k, mask, causal, scale)[0].mT @ g[0])
+      lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale) @ k * root(q, scale),
+      lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale).mT @ q * root(q, scale),
+      lambda g,y,q,k,v,p,causal,mask,scale: attention(q, k, mask, causal, scale).mT @ g[0], None, None,
+      lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale))
 plain(aten.relu.default,              lambda g,y: g*(y > 0))
 plain(aten.gelu.default,              lambda g,y,a,approximate: g*gelu_slope(a, approximate))
 plain(aten._softmax.default,          lambda g,y,a,d: y*(g - (g*y).sum(d, keepdim=True)))

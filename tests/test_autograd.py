@@ -126,6 +126,10 @@ def test_views_made_outside_are_known_by_their_base():
         y = (base*base).sum()
     torch.testing.assert_close(tape.gradient(y, [w])[0], 2*view*(view/w))
 
+def test_a_mask_that_is_learnt():
+    q, k, v = normal(3, 1, 2, 4, 8)
+    same(lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), q, k, v, normal(2, 4, 4, seed=1))
+
 # -- refused, not wrong
 
 def changed_after_use(x):
