@@ -475,6 +475,7 @@ rule(aten.matmul.default,                        lambda g,y,a,b: matmul_a(g, a, 
 rule(aten.mv.default,                            lambda g,y,a,b: torch.outer(g, conj(b)),      lambda g,y,a: conj(a).mT @ g)
 rule(aten.dot.default,                           lambda g,y,a,b: g*conj(b),                    lambda g,y,a: g*conj(a))
 rule(aten.vdot.default,                          lambda g,y,a,b: conj(g)*b,                    lambda g,y,a: g*a)
+rule(aten._grouped_mm.default,                   lambda g,y,a,b,ends: aten._grouped_mm(g, b.mT, ends), lambda g,y,a,b,ends: aten._grouped_mm(a.mT, g, ends), None)
 rule(aten.linear.default,                        lambda g,y,x,w: g @ conj(w) if w.ndim == 2 else g.unsqueeze(-1)*conj(w),
                                                  lambda g,y,x,w: rows(g).mT @ rows(conj(x)) if w.ndim == 2 else (g.unsqueeze(-1)*conj(x)).reshape(-1, x.shape[-1]).sum(0), lambda g,y: g)
 #    y = op(c, a, b, beta, alpha)                dL/dc                                         dL/da                                         dL/db
