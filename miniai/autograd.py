@@ -20,11 +20,11 @@ from .core import did_you_mean
 from .rules import PARTS, RULES, Plan, Rule, aten, tensors
 
 # %% auto #0
-__all__ = ['VERSIONS', 'is_excluded', 'SERIAL', 'RECURRENT', 'NONE', 'TORCH', 'TWINS', 'FORGETS', 'Like', 'Kept', 'is_float',
-           'listed', 'keep', 'kept', 'Node', 'Edge', 'Tape', 'counts', 'versions', 'defaults', 'in_full', 'composite',
-           'writes', 'decomposition', 'NoRules', 'fit', 'Grads', 'forget', 'path', 'seed', 'accumulate', 'Context',
-           'apply_here', 'open_tapes', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Torch', 'twin', 'window',
-           'engine', 'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
+__all__ = ['VERSIONS', 'is_excluded', 'SERIAL', 'RECURRENT', 'NONE', 'TORCH', 'TWINS', 'FORGETS', 'Like', 'Kept', 'double',
+           'is_float', 'listed', 'keep', 'kept', 'Node', 'Edge', 'Tape', 'counts', 'versions', 'defaults', 'in_full',
+           'composite', 'writes', 'decomposition', 'NoRules', 'fit', 'Grads', 'forget', 'path', 'seed', 'accumulate',
+           'Context', 'apply_here', 'open_tapes', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Torch',
+           'twin', 'window', 'engine', 'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
 
 # %% ../nbs/12_autograd.ipynb #44df3dc3
 class Like:
@@ -35,16 +35,19 @@ class Like:
     def ndim(self): return len(self.shape)
 
 class Kept:
-    "A tensor `x` and the version that it had; where `x` is an alias, the version of what it is an alias of."
-    __slots__ = 'x', 'of', 'version'
-    def __init__(self, x, of=None, more=0):
-        self.x,self.of = x,None if of is None else ref(of)
-        self.version = (x if of is None else of)._version + more
+    "A tensor, and the version that it had."
+    __slots__ = 'x', 'version'
+    def __init__(self, x, more=0): self.x,self.version = x,x._version + more
     def get(self, op):
-        of = self.x if self.of is None else self.of()
-        if of is None or of._version == self.version: return self.x
+        if self.x._version == self.version: return self.x
         raise RuntimeError(f'{op}: its derivative needs a tensor {tuple(self.x.shape)} that was changed in place afterwards; '
                            'change a clone(), or use the operator that is not in place')
+
+def double(x, key=None):
+    "Another tensor on the memory of `x`, with the same count of versions; known to other tapes than that of `key` as `x` is."
+    with versions(True): twin = x.detach()
+    twin.__dict__.update({k: edge for k,edge in x.__dict__.items() if k != key and k.startswith('_edge')})
+    return twin
 
 def is_float(x): return isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
 def listed(y): return y if isinstance(y, (list, tuple)) else (y,)
@@ -261,13 +264,13 @@ def node(self:Tape, op, rule, parents, args):
 
 @patch
 def saw(self:Tape, node, y, more=0):
-    "What came out of a node, and as much of it as the rule will read; as an alias, for the output itself holds the node."
+    "What came out of a node, and as much of it as the rule will read; its double, for the output itself holds the node."
     want = node.plan.y
     if y.__class__ in (list, tuple): node.several,ys = True,y
     else: ys = (y,)
     node.like = [Like(o) if is_float(o) else None for o in ys]
     if want == 'like': node.y = node.like
-    elif want: node.y = [Kept(aten.alias.default(o), o, more) if want == 'value' or i in want else None for i,o in enumerate(ys)]
+    elif want: node.y = [Kept(double(o, self.key), more) if want == 'value' or i in want else None for i,o in enumerate(ys)]
     self.last = ref(node)
     if self.names: node.where = self.caller()
 
@@ -488,7 +491,7 @@ def apply_here(cls, *args, **kwargs):
         ys = [aten.alias(o) if any(o is a for a in args) else o for o in listed(y)]
         outs = {id(o): i for i,o in enumerate(listed(y))}
         ctx.outputs = [(k, outs[id(o)]) for k,o in enumerate(ctx.kept) if id(o) in outs]
-        ctx.kept = [o if o is None else Kept(aten.alias(o), o) if id(o) in outs else Kept(o) for o in ctx.kept]
+        ctx.kept = [o if o is None else Kept(double(o) if id(o) in outs else o) for o in ctx.kept]
     for t in tapes: t.record_own(cls, ctx, args, ys, isinstance(y, tuple))
     return tuple(ys) if isinstance(y, tuple) else ys[0]
 
@@ -569,9 +572,11 @@ def twin(op):
     if op in TWINS: return TWINS[op]
     name = op._schema.name.removeprefix('aten::')
     packet = getattr(aten, name[:-1], None) if name.endswith('_') else None
-    return getattr(packet, op._overloadname or 'default', None)
+    other = getattr(packet, op._overloadname or 'default', None)
+    def takes(op): return [(a.name, str(a.type)) for a in op._schema.arguments]
+    return other if other and takes(other) == takes(op) else None
 
-TWINS = {aten.transpose_.default: aten.transpose.int}
+TWINS = {aten.transpose_.default: aten.transpose.int, aten.pow_.Scalar: aten.pow.Tensor_Scalar, aten.pow_.Tensor: aten.pow.Tensor_Tensor}
 FORGETS = {'aten::' + name for name in 'uniform_ normal_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_ random_ zero_'.split()}
 
 @patch
@@ -584,7 +589,7 @@ def write(self:Tape, op, args, kwargs):
     rule = RULES.get(other) or NONE[op]
     parents = [] if forgets else self.parents(rule, full)
     if not parents and not any(self.parents(NONE[op], full)): return op(*args, **kwargs)
-    if other is None and not forgets:
+    if other is None and not forgets or not isinstance(x, Tensor):
         raise NotImplementedError(f'{op}: writes into its input, and there is no rule for it; use the operator that is not in place')
     self.may_write(op, x)
     if (own := self.source(x)) and own.node.x and all(e is own for e in self.node_edges(NONE[op], full)): return self.anew(op, args, kwargs)

@@ -69,6 +69,8 @@ def clamped(x, w, z): a = x*w; a.clamp_(-1, 1); a.sqrt_() if False else a.tanh_(
 @case
 def addmm_(x, w, z): a = x.t()@z; a.addmm_(x.t(), z, beta=.5, alpha=2); return a*a
 @case
+def powers(x, w, z): a = x*1; a.clamp_(min=0).pow_(2); a.add_(1).pow_(z); return a*w
+@case
 def lerped(x, w, z): a = x*1; a.lerp_(z, .3); return a*w
 @case
 def under_no_grad(x, w, z):
@@ -135,6 +137,12 @@ def test_a_mask_that_is_learnt():
 def changed_after_use(x):
     with Tape() as tape: y = x.exp(); loss = y.sum(); y += 1
     tape.gradient(loss, [x])
+def changed_through_a_view_that_outlives_it(x):
+    with Tape() as tape: b = (x*1).exp(); c, loss = b[0], b.sum(); del b; gc.collect(); c.add_(1)
+    tape.gradient(loss, [x])
+def foreach(x):
+    with Tape() as tape: a = x*1; torch._foreach_mul_([a], 2.)
+    tape.gradient(a.sum(), [x])
 def input_changed(x):
     with Tape() as tape: a = x*1; loss = (a*a).sum(); a.zero_()
     tape.gradient(loss, [x])
@@ -185,6 +193,7 @@ def deep_copied(x):
     with Tape(): copy.deepcopy(x*2)
 
 REFUSED = {changed_after_use: 'aten.exp.default: its derivative needs a tensor (4, 3) that was changed in place afterwards; change a clone()',
+           changed_through_a_view_that_outlives_it: 'changed in place', foreach: 'writes into its input, and there is no rule for it',
            input_changed: 'changed in place', changed_through_a_view: 'changed in place', parameter_stepped_before_backward: 'changed in place',
            leaf_written: 'writes into a leaf (4, 3) that requires a gradient; use torch.no_grad(), or a clone()', view_of_leaf_written: 'writes into a leaf',
            walked_twice: 'walked already and what it kept is gone; keep it with retain=True', no_scalar: 'y is (4, 3), not one number; pass g',
