@@ -82,6 +82,27 @@ def operators(most=None):
         out[name_of(info)] = verdict(partial(check_op, info, s) for s in samples)
     return out
 
+def check_in_place(info, sample, tol=1e-7):
+    "The same for the operator's form in place, on a copy of its input; None where PyTorch itself refuses"
+    xs = [t for t in tensors([sample.input, sample.args, sample.kwargs]) if t.requires_grad]
+    def run():
+        torch.manual_seed(1)
+        y = sample.input.clone()
+        info.inplace_variant(y, *sample.args, **sample.kwargs)
+        return tensors(y)
+    try: torch.autograd.grad([y.sum() for y in run() if y.requires_grad], xs, allow_unused=True)
+    except (RuntimeError, TypeError): return None
+    return compare(run, xs, tol)
+
+def in_place(most=None):
+    "{name: verdict} of every operator that has a form in place"
+    out = {}
+    for info in op_db:
+        if torch.float64 not in info.dtypes or not info.supports_autograd or not info.inplace_variant: continue
+        torch.manual_seed(0)
+        out[name_of(info)] = verdict(partial(check_in_place, info, s) for s in itertools.islice(samples_of(info), most))
+    return out
+
 def modules(most=None):
     "{name: verdict} of every module, in training and in evaluation"
     out = {}
@@ -102,7 +123,7 @@ def report(title, found):
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
     most = int(sys.argv[1]) if len(sys.argv) > 1 else None
-    found = dict(operators=operators(most), modules=modules(most))
+    found = {'operators': operators(most), 'operators in place': in_place(most), 'modules': modules(most)}
     lines = ['# The tape against PyTorch\'s own test material', '', f'`python tests/sweep.py`, {date.today()}, torch {torch.__version__}, float64, '
              'relative tolerance 1e-7: the gradients of every sample of `op_db` and `module_db`.', '']
     for title,f in found.items(): lines += report(title.capitalize(), f)

@@ -22,6 +22,11 @@ def test_what_is_refused_is_refused_by_name(operators):
     assert len(refused) <= 12
     for k in refused: assert 'no chain rule for ' in operators[k][1], operators[k]
 
+def test_no_operator_in_place_is_wrong():
+    found = sweep.in_place(3)
+    assert {k: found[k] for k in names(found, 'wrong')} == {}
+    assert len(names(found, 'exact')) >= 120
+
 def test_no_module_is_wrong(modules):
     assert {k: modules[k] for k in names(modules, 'wrong')} == {}
     assert len(names(modules, 'exact')) >= 113
