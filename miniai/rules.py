@@ -11,49 +11,62 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Plan', 'PARTS', 'tensors', 'Rule', 'rule', 'overloads', 'own', 'reads', 'more',
-           'merged', 'plan', 'conj', 'times', 'slope', 'within', 'at_least', 'at_most', 'turn', 'real', 'flat', 'tie',
-           'same_div', 'unknown', 'put_back', 'inverse', 'blank', 'uncat', 'unrepeat', 'unfold_back', 'strided_back',
-           'extent', 'listed', 'spread', 'size', 'centred', 'freedom', 'std_back', 'evenly', 'first', 'pick_back',
-           'finite', 'others', 'prod_back', 'cumprod_back', 'logcumsumexp_back', 'norm_back', 'rows', 'matmul_a',
-           'matmul_b', 'index_back', 'zero_at', 'flat_at', 'at_index', 'within_shape', 'like_rows', 'reduce_back',
-           'unmask', 'bn_back', 'conv_back', 'ln_back', 'gn_back', 'attention_back', 'mean_of', 'knee', 'bag_back',
-           'renorm_back', 'ctc_back', 'plain', 'each', 'conv_x', 'conv_w', 'over', 'unnorm', 'norm', 'channels', 'bn_x',
-           'bn_w', 'total', 'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope', 'attention', 'attention_s', 'root',
-           'nll_back', 'sym', 'skew', 'T', 'solve_H', 'det_back', 'slogdet_back', 'cholesky_back', 'eigh_back',
-           'eig_back', 'svd_back', 'qr_back', 'matrix_exp_back', 'solve_back', 'triangular_back', 'old_triangular_back',
-           'cholesky_solve_back', 'cholesky_inverse_back', 'pinv_back', 'lstsq_back', 'lu_factor_back', 'lu_back',
-           'lu_solve_back', 'padded', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'cross_entropy', 'pairs',
-           'trilinear']
+__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'PARTS', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads',
+           'more', 'merged', 'Keeps', 'conj', 'times', 'slope', 'within', 'at_least', 'at_most', 'turn', 'real', 'flat',
+           'tie', 'same_div', 'unknown', 'put_back', 'inverse', 'blank', 'uncat', 'unrepeat', 'unfold_back',
+           'strided_back', 'extent', 'listed', 'spread', 'size', 'centred', 'freedom', 'std_back', 'evenly', 'first',
+           'pick_back', 'finite', 'others', 'prod_back', 'cumprod_back', 'logcumsumexp_back', 'norm_back', 'rows',
+           'matmul_a', 'matmul_b', 'index_back', 'zero_at', 'flat_at', 'at_index', 'within_shape', 'like_rows',
+           'reduce_back', 'unmask', 'bn_back', 'conv_back', 'ln_back', 'gn_back', 'attention_back', 'mean_of', 'knee',
+           'bag_back', 'renorm_back', 'ctc_back', 'plain', 'each', 'conv_x', 'conv_w', 'over', 'unnorm', 'norm',
+           'channels', 'bn_x', 'bn_w', 'total', 'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope', 'attention',
+           'attention_s', 'root', 'nll_back', 'sym', 'skew', 'T', 'solve_H', 'det_back', 'slogdet_back',
+           'cholesky_back', 'eigh_back', 'eig_back', 'svd_back', 'qr_back', 'matrix_exp_back', 'solve_back',
+           'triangular_back', 'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back', 'pinv_back',
+           'lstsq_back', 'lu_factor_back', 'lu_back', 'lu_solve_back', 'padded', 'c2r_back', 'constant', 'parts',
+           'cast', 'convolve', 'cross_entropy', 'pairs', 'trilinear']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
 RULES = {}     # operator: Rule
 
-@cache
-def tensors(op):
-    "The positions of an operator's arguments that are tensors or lists of tensors."
-    return [i for i,a in enumerate(op._schema.arguments) if 'Tensor' in str(a.type)]
-
 class Rule:
     "How a gradient passes an operator: one row of the table."
     def __init__(self,
+        op,            # the operator, or the name of something else that has a derivative
         fs,            # a function for each input, None where there is no derivative
-        inputs,        # which arguments are tensors
+        inputs,        # which arguments have one
         together=None, # or one function for all inputs, `f(need, g, y, *args)`, where a kernel computes them at once
+        several=False, # are there several outputs?
     ):
-        self.fs,self.together,self.plans,self.plain = fs,together,{},None
+        self.op,self.fs,self.together,self.plain,self.several,self.view,self.loose = op,fs,together,None,several,False,False
         self.inputs = [i for i in inputs if i >= len(fs) or fs[i]]
         self.counts = [f and reads(f).n for f in fs]
+        self.keeps,self.defaults,self.tensors = Keeps(self),(),None
+        if not isinstance(op, str): self.look(op._schema)
 
-    def plan(self,
-        wanted:tuple, # numbers of the inputs whose gradient may be asked for
-    )->Plan:
-        "What must be kept for the functions that may be called."
-        if wanted not in self.plans:
-            fs = [reads(f) for r in (self, self.plain) if r for i,f in enumerate(r.fs) if f and i in wanted]
-            self.plans[wanted] = merged([*fs, reads(self.together, 2)] if self.together else fs)
-        return self.plans[wanted]
+    def look(self, schema):
+        "What PyTorch says of the operator."
+        self.defaults = [(a.name, a.default_value) for a in schema.arguments]
+        self.tensors = tensors(self.op)
+        self.several = [str(r.type) for r in schema.returns] != ['Tensor']
+        self.view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)     # can an output be a view of the input?
+        self.loose = self.view and not self.op.is_view                                          # or a copy, as it happens?
+
+    def full(self, args, kwargs):
+        "All arguments of a call in their order, defaults filled in."
+        rest = self.defaults[len(args):]
+        return [*args, *[kwargs.get(name, value) for name,value in rest]] if rest else args
+
+    def __call__(self, wanted, g, y, args):
+        "The gradients at the inputs with the numbers `wanted`."
+        if self.together:
+            ds = self.together([i in wanted for i in range(len(args))], g, y, *args)
+            return [ds[i] for i in wanted]
+        if any(i >= len(self.fs) for i in wanted): raise self.missing(f'input {min(i for i in wanted if i >= len(self.fs))}')
+        return [self.fs[i](g, y, *args[:self.counts[i]]) for i in wanted]
+
+    def missing(self, what): return NotImplementedError(f'no chain rule for {self.op}, {what}. Add a row with miniai.rules.rule, or detach() it')
 
 # %% ../nbs/11_rules.ipynb #d9d912bc
 def rule(
@@ -65,12 +78,16 @@ def rule(
     "Put a row into the table, or replace one; `@rule(*fs)` gives a function of your own its derivative."
     if op is None or callable(op) and not isinstance(op, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)): return lambda f: own(f, (op, *fs))
     for one in op if isinstance(op, tuple) else (op,):
-        for o in overloads(one): RULES[o] = Rule(fs, tensors(o) if inputs is None else inputs, together)
+        for o in overloads(one): RULES[o] = Rule(o, fs, tensors(o) if inputs is None else inputs, together)
 
 def overloads(op):
     "`aten.add.Tensor` is one; `aten.add` stands for all that write nowhere."
     if isinstance(op, torch._ops.OpOverload): return [op]
     return [o for o in (getattr(op, name) for name in op.overloads()) if not o._schema.is_mutable]
+
+def tensors(op):
+    "The positions of an operator's arguments that are tensors or lists of tensors."
+    return [i for i,a in enumerate(op._schema.arguments) if 'Tensor' in str(a.type)]
 
 def own(f, fs):
     "`f` with the derivatives `fs`, under either engine."
@@ -92,13 +109,13 @@ def own(f, fs):
 # %% ../nbs/11_rules.ipynb #95c9bdda
 LIKE = 'shape', 'ndim', 'dtype'
 ORDER = None, 'like', 'value'
-Plan = namedtuple('Plan', 'args y n holds')     # {number of the argument: 'value' or 'like'}; for y too, or a set of outputs; how many; any value?
+Reads = namedtuple('Reads', 'args y n')     # {number of the argument: 'value' or 'like'}; for y too, or a set of outputs; how many arguments
 
 @cache
 def reads(
     f,    # `f(g, y, *args)`
     at=1, # where y stands
-)->Plan:
+)->Reads:
     "What a function reads, from its bytecode."
     if hasattr(f, 'reads'): return f.reads
     names = f.__code__.co_varnames[:f.__code__.co_argcount][at:]
@@ -110,7 +127,7 @@ def reads(
             how = 'like' if then.opname == 'LOAD_ATTR' and then.argval in LIKE else 'value'
             if name == names[0]: y = more(y, {then.argval} if 'SUBSCR' in last.opname and isinstance(then.argval, int) else how)
             else: args[names.index(name)-1] = more(args.get(names.index(name)-1), how)
-    return plan(args, y, None if f.__code__.co_flags & 4 else len(names)-1)
+    return Reads(args, y, None if f.__code__.co_flags & 4 else len(names)-1)
 
 def more(a, b):
     "The more of two."
@@ -118,15 +135,29 @@ def more(a, b):
     if isinstance(a, set) or isinstance(b, set): return 'value' if 'value' in (a, b) else a if isinstance(a, set) else b
     return max(a, b, key=ORDER.index)
 
-def merged(plans)->Plan:
+def merged(all_reads)->Reads:
     "What any of them reads."
     args,y,n = {},None,0
-    for p in plans:
-        y,n = more(y, p.y),None if p.n is None or n is None else max(n, p.n)
-        for k,how in p.args.items(): args[k] = more(args.get(k), how)
-    return plan(args, y, n)
+    for r in all_reads:
+        y,n = more(y, r.y),None if r.n is None or n is None else max(n, r.n)
+        for k,how in r.args.items(): args[k] = more(args.get(k), how)
+    return Reads(args, y, n)
 
-def plan(args, y, n): return Plan(args, y, n, n is None or y not in (None, 'like') or 'value' in args.values())
+# %% ../nbs/11_rules.ipynb #e3cf6f35
+Keep = namedtuple('Keep', 'n gone likes values y holds')  # of the first n arguments: which go, whose likeness stays, which tensors stay; of y; any?
+
+class Keeps(dict):
+    "{the numbers of the inputs that are followed: what a call must keep for their derivatives}, made when first asked for."
+    def __init__(self, rule): self.rule = rule
+    def __missing__(self, wanted):
+        r = self.rule
+        fs = [reads(f) for row in (r, r.plain) if row for i,f in enumerate(row.fs) if f and i in wanted]
+        args,y,n = merged([*fs, reads(r.together, 2)] if r.together else fs)
+        if n is None: n,args = len(r.defaults),dict.fromkeys(range(len(r.defaults)), 'value')       # `*args` reads all
+        gone,likes = (tuple(i for i in range(n) if args.get(i) == how) for how in (None, 'like'))
+        values = tuple(i for i in range(n) if args.get(i) == 'value' and (r.tensors is None or i in r.tensors))
+        self[wanted] = keep = Keep(n, gone, likes, values, y, bool(values) or y not in (None, 'like'))
+        return keep
 
 # %% ../nbs/11_rules.ipynb #0ffcf753
 def conj(x):
@@ -282,7 +313,7 @@ def inverse(dims): return [d % len(dims) for d in dims] and torch.tensor([d % le
 rule(aten.alias.default,                         lambda g,y: g)
 rule(aten.clone.default,                         lambda g,y: g)
 rule(aten._to_copy.default,                      lambda g,y: g)
-rule((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default), lambda g,y,a: g.reshape(a.shape))
+rule((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default, aten.flatten.using_ints), lambda g,y,a: g.reshape(a.shape))
 rule(aten.expand.default,                        lambda g,y: g)
 rule(aten.t.default,                             lambda g,y: g.t())
 rule(aten.transpose.int,                         lambda g,y,a,i,j: g.transpose(i, j))
@@ -651,7 +682,7 @@ def ctc_back(g, y, a, t, inputs, targets, blank, zero):
 # %% ../nbs/11_rules.ipynb #9a6089ee
 def plain(op, *fs):
     "The formula behind a kernel: used where its gradient is itself to be differentiated."
-    for o in op if isinstance(op, tuple) else (op,): RULES[o].plain = Rule(fs, RULES[o].inputs)
+    for o in op if isinstance(op, tuple) else (op,): RULES[o].plain = Rule(o, fs, RULES[o].inputs)
 
 def each(v, n): return list(v)*n if len(v) == 1 else v
 def conv_x(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
@@ -938,7 +969,7 @@ def c2r_back(g, a, dims, norm, n):
 def constant(names:str):
     "Rows for operators without a derivative."
     for name in names.split():
-        for o in overloads(getattr(aten, name)): RULES[o] = Rule([None]*len(o._schema.arguments), [])
+        for o in overloads(getattr(aten, name)): RULES[o] = Rule(o, [None]*len(o._schema.arguments), [])
 
 constant("""detach lift_fresh
     eq ne lt le gt ge equal isclose isnan isinf isfinite isposinf isneginf signbit is_same_size is_nonzero isin any all
