@@ -17,7 +17,7 @@ from . import tape as engine_room
 from .backprop import numerical_grad
 from .core import did_you_mean
 from .rules import Rule, aten
-from .tape import Edge, Node, double, is_float, leading, like, listed, open_tapes, seed, version
+from .tape import Aside, Edge, Node, double, hooked, is_float, leading, listed, open_tapes
 
 # %% auto #0
 __all__ = ['PASSAGE', 'TORCH', 'Tape', 'learns', 'accumulate', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Context',
@@ -33,56 +33,61 @@ class Tape(engine_room.Tape):
         model=None,  # a module whose parts give the recorded operators their names
     ):
         super().__init__(follow)
-        self.names = {id(m): name for name,m in model.named_modules()} if model else {}
+        self.fast,self.names = [],{id(m): name for name,m in model.named_modules()} if model else {}
 
     def __enter__(self):
-        TORCH.away()
+        TORCH.teach()
+        self.fast.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)      # its kernels for inference have no derivative
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        TORCH.back()
+        torch.backends.mha.set_fastpath_enabled(self.fast.pop())
 
 def learns(x): return x.requires_grad
 
 @patch
 def backward(self:Tape, ys, retain=False, create_graph=False, inputs=None):
     "Add the gradient of `ys` = [(y, g), ...] to the `grad` of every tensor with `requires_grad` that they depend on, or of `inputs`."
-    starts,taken = [(self.source(y), seed(y, g)) for y,g in ys],{g.data_ptr() for _,g in ys if g is not None}
-    xs = None if inputs is None else {s.node: x for x in inputs if (s := self.asked(x))}
-    def asked(n): return n in xs if xs is not None else n.leaf is not None and (x := n.leaf()) is not None and x.requires_grad
+    taken,xs = {g.data_ptr() for _,g in ys if g is not None},None if inputs is None else {s.node: (x, s.i) for x in inputs if (s := self.asked(x, ys))}
+    def learnt(n): return n.leaf is not None and (x := n.leaf()) is not None and x.requires_grad
     def arrived(n, gs):
-        if asked(n): accumulate(n.leaf() if xs is None else xs[n], gs[0], taken)
-    useful = None if xs is None and self.follow is learns else leading([e.node for e,_ in starts], asked)
-    with self.aside(create_graph): self.walk(starts, useful, arrived, retain or create_graph)
+        if xs is not None: accumulate(xs[n][0], gs.get(xs[n][1]), taken)
+        elif learnt(n): accumulate(n.leaf(), gs[0], taken)
+    asked = xs.__contains__ if xs is not None else None if self.follow is learns else learnt
+    with Aside(self, create_graph): self.walk(ys, asked, arrived, retain or create_graph)
 
 def accumulate(x, g, taken):
     "Add `g` to `x.grad`; the first becomes it, as a tensor of its own."
+    if g is None: return
     if x.grad_fn is not None:
         raise RuntimeError(f'backward: a tensor {tuple(x.shape)} was computed outside the tape from others that require a gradient; '
                            'compute it inside, or detach() it')
-    for hook in (x._backward_hooks or {}).values():
-        if (new := hook(g)) is not None: g = new
-    if x.grad is None:
-        if g._base is not None or g.data_ptr() in taken: g = g.clone(memory_format=torch.preserve_format)
-        taken.add(g.data_ptr())
-        x.grad = g
-    else: x.grad.add_(g)
+    if x._backward_hooks: g = hooked(g, x._backward_hooks)
+    if x.grad is not None: x.grad.add_(g)
+    else:
+        if g._base is not None or (at := g.data_ptr()) in taken: x.grad = g.clone(memory_format=torch.preserve_format)
+        else:
+            taken.add(at)
+            x.grad = g
     for hook in (x._post_accumulate_grad_hooks or {}).values(): hook(x)
 
 # %% ../nbs/13_autograd.ipynb #44df3dc3
 def tape_of(ys):
     "The innermost open tape that recorded one of `ys`."
-    return next((t for t in open_tapes() if any((e := getattr(y, t.key, None)) and e.node for y in ys)), None)
+    for tape in open_tapes():
+        for y in ys:
+            if (edge := getattr(y, tape.key, None)) and edge.node: return tape
 
-def with_seeds(ys, gs): return list(zip(ys, [None]*len(ys) if gs is None else listed(gs), strict=True))
+def with_seeds(ys, gs): return list(zip(ys, listed(gs), strict=True)) if gs is not None else [(y, None) for y in ys]
 
 def backward_here(tensors, grad_tensors=None, retain_graph=None, create_graph=False, grad_variables=None, inputs=None):
     "`torch.autograd.backward` for what a tape recorded."
     ys = listed(tensors)
     if tape := tape_of(ys):
         return tape.backward(with_seeds(ys, grad_tensors), bool(retain_graph), create_graph, None if inputs is None else listed(inputs))
-    if any(y.requires_grad for y in ys): return TORCH.backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+    if any(y.requires_grad for y in ys) or not open_tapes(): return TORCH.backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
     raise RuntimeError(f'backward: no open tape recorded this tensor {tuple(ys[0].shape)}, or it depends on constants only; '
                        'compute it inside the tape, not under no_grad, from tensors that it follows')
 
@@ -114,7 +119,7 @@ class Context:
         "Forward is done: of outputs that were kept, keep doubles."
         self.doubles = {i: double(o) for i,o in enumerate(ys) if any(o is k for k in self.kept)}
         self.kept = [next((d for i,d in self.doubles.items() if ys[i] is k), k) for k in self.kept]
-        self.versions,self.nodes = version(self.kept),{}
+        self.versions,self.nodes = [k is not None and k._version for k in self.kept],{}
 
     @contextmanager
     def known(self):
@@ -128,13 +133,13 @@ class Context:
 
     @property
     def saved_tensors(self):
-        if version(self.kept) != self.versions: raise RuntimeError('Function: a tensor that it saved was changed in place afterwards; change a clone()')
+        if [k is not None and k._version for k in self.kept] != self.versions: raise RuntimeError('Function: a tensor that it saved was changed in place afterwards; change a clone()')
         return tuple(self.kept)
 
 def apply_here(cls, *args, **kwargs):
     "`Function.apply` on every open tape: forward is not listened to, backward is the rule."
     tapes = open_tapes() if torch.is_grad_enabled() else []
-    if not tapes: return TORCH.apply.__func__(cls, *args, **kwargs)
+    if not tapes: return TORCH.apply(cls, *args, **kwargs)
     ctx = Context(cls, tuple([isinstance(a, Tensor) and any(t.source(a) for t in tapes) for a in args]))
     with torch.no_grad():
         if cls.setup_context is Function.setup_context: y = cls.forward(ctx, *args, **kwargs)
@@ -201,33 +206,22 @@ PASSAGE = Rule('hooks of a module', (), (0,), passage_back, several=True)
 def get_hooks_here(self):
     "`Module._get_backward_hooks`: those of the old kind do not act on a tape."
     full,old = TORCH.get_hooks(self)
-    if old: raise NotImplementedError('register_backward_hook: hooks of this old kind do not act on a tape; use register_full_backward_hook')
+    if old and open_tapes(): raise NotImplementedError('register_backward_hook: hooks of this old kind do not act on a tape; use register_full_backward_hook')
     return full,old
 
 # %% ../nbs/13_autograd.ipynb #925a9073
 class Torch:
-    "PyTorch's own words, kept while a tape is open and others stand in their places."
+    "PyTorch's own words. The first tape puts others in their places, which ask an open tape first and else say the same."
     def __init__(self):
-        self.tapes,self.fast,self.apply = 0,None,Function.__dict__['apply']
-        self.backward,self.grad,self.get_hooks = torch.autograd.backward,torch.autograd.grad,torch.nn.Module._get_backward_hooks
+        self.backward,self.grad,self.apply = torch.autograd.backward,torch.autograd.grad,Function.__dict__['apply'].__func__
         self.register_hook,self.retain_grad,self.on_tensors = Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors
+        self.get_hooks = torch.nn.Module._get_backward_hooks
 
-    def say(self, apply, backward, grad, get_hooks, register_hook, retain_grad, on_tensors):
-        Function.apply,torch.autograd.backward,torch.autograd.grad,torch.nn.Module._get_backward_hooks = apply,backward,grad,get_hooks
-        Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors = register_hook,retain_grad,on_tensors
-
-    def away(self):
-        self.tapes += 1
-        if self.tapes > 1: return
-        self.say(classmethod(apply_here), backward_here, grad_here, get_hooks_here, register_hook_here, retain_grad_here, on_tensors_here)
-        self.fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)      # its kernels for inference have no derivative
-
-    def back(self):
-        self.tapes -= 1
-        if self.tapes: return
-        self.say(self.apply, self.backward, self.grad, self.get_hooks, self.register_hook, self.retain_grad, self.on_tensors)
-        torch.backends.mha.set_fastpath_enabled(self.fast)
+    @cache
+    def teach(self):
+        torch.autograd.backward,torch.autograd.grad,Function.apply = backward_here,grad_here,classmethod(apply_here)
+        Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors = register_hook_here,retain_grad_here,on_tensors_here
+        torch.nn.Module._get_backward_hooks = get_hooks_here
 
 TORCH = Torch()
 
@@ -298,8 +292,7 @@ def check(what, f, xs, rtol, atol):
 @patch
 def nodes(self:Tape)->dict:
     "{node: the shape of its output} of the operators that led to the last tensor computed, in their order."
-    last = self.last and self.last()
-    edge = None if last is None else self.source(last)
+    edge = self.last and self.last()
     if not edge: return {}
     found = sorted(leading([edge.node], lambda n: True), key=lambda n: n.number)
     shapes = {**{e.node: e.shape for n in found for e in n.edges}, edge.node: edge.shape}

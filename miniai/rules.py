@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'PARTS', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads',
-           'more', 'merged', 'Keeps', 'conj', 'times', 'slope', 'within', 'at_least', 'at_most', 'turn', 'real', 'flat',
-           'tie', 'same_div', 'unknown', 'put_back', 'inverse', 'blank', 'uncat', 'unrepeat', 'unfold_back',
-           'strided_back', 'extent', 'listed', 'spread', 'size', 'centred', 'freedom', 'std_back', 'evenly', 'first',
-           'pick_back', 'finite', 'others', 'prod_back', 'cumprod_back', 'logcumsumexp_back', 'norm_back', 'rows',
-           'matmul_a', 'matmul_b', 'index_back', 'zero_at', 'flat_at', 'at_index', 'within_shape', 'like_rows',
-           'reduce_back', 'unmask', 'bn_back', 'conv_back', 'ln_back', 'gn_back', 'attention_back', 'mean_of', 'knee',
-           'bag_back', 'renorm_back', 'ctc_back', 'plain', 'each', 'conv_x', 'conv_w', 'over', 'unnorm', 'norm',
-           'channels', 'bn_x', 'bn_w', 'total', 'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope', 'attention',
-           'attention_s', 'root', 'nll_back', 'sym', 'skew', 'T', 'solve_H', 'det_back', 'slogdet_back',
+__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more',
+           'merged', 'Keeps', 'conj', 'times', 'slope', 'within', 'at_least', 'at_most', 'turn', 'real', 'flat', 'tie',
+           'same_div', 'unknown', 'put_back', 'inverse', 'blank', 'uncat', 'unrepeat', 'unfold_back', 'strided_back',
+           'extent', 'listed', 'spread', 'size', 'centred', 'freedom', 'std_back', 'evenly', 'first', 'pick_back',
+           'finite', 'others', 'prod_back', 'cumprod_back', 'logcumsumexp_back', 'norm_back', 'rows', 'matmul_a',
+           'matmul_b', 'linear_x', 'linear_w', 'index_back', 'zero_at', 'flat_at', 'at_index', 'within_shape',
+           'like_rows', 'reduce_back', 'unmask', 'bn_back', 'conv_back', 'ln_back', 'gn_back', 'attention_back',
+           'mean_of', 'knee', 'bag_back', 'renorm_back', 'ctc_back', 'plain', 'each', 'conv_x', 'conv_w', 'over',
+           'unnorm', 'norm', 'channels', 'bn_x', 'bn_w', 'total', 'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope',
+           'attention', 'attention_s', 'root', 'nll_back', 'sym', 'skew', 'T', 'solve_H', 'det_back', 'slogdet_back',
            'cholesky_back', 'eigh_back', 'eig_back', 'svd_back', 'qr_back', 'matrix_exp_back', 'solve_back',
            'triangular_back', 'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back', 'pinv_back',
            'lstsq_back', 'lu_factor_back', 'lu_back', 'lu_solve_back', 'padded', 'c2r_back', 'constant', 'parts',
@@ -38,8 +38,10 @@ class Rule:
         inputs,        # which arguments have one
         together=None, # or one function for all inputs, `f(need, g, y, *args)`, where a kernel computes them at once
         several=False, # are there several outputs?
+        parts=None,    # or the operator as a program of others, `parts(run, *args)`
     ):
-        self.op,self.fs,self.together,self.plain,self.several,self.view,self.loose = op,fs,together,None,several,False,False
+        self.op,self.fs,self.together,self.parts,self.plain = op,fs,together,parts,None
+        self.several,self.view,self.loose = several,False,False
         self.inputs = [i for i in inputs if i >= len(fs) or fs[i]]
         self.counts = [f and reads(f).n for f in fs]
         self.keeps,self.defaults,self.tensors = Keeps(self),(),None
@@ -48,8 +50,9 @@ class Rule:
     def look(self, schema):
         "What PyTorch says of the operator."
         self.defaults = [(a.name, a.default_value) for a in schema.arguments]
+        self.n = len(self.defaults)
         self.tensors = tensors(self.op)
-        self.several = [str(r.type) for r in schema.returns] != ['Tensor']
+        self.several = len(schema.returns) > 1 or 'List' in str([r.type for r in schema.returns])
         self.view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)     # can an output be a view of the input?
         self.loose = self.view and not self.op.is_view                                          # or a copy, as it happens?
 
@@ -58,13 +61,14 @@ class Rule:
         rest = self.defaults[len(args):]
         return [*args, *[kwargs.get(name, value) for name,value in rest]] if rest else args
 
-    def __call__(self, wanted, g, y, args):
-        "The gradients at the inputs with the numbers `wanted`."
+    def __call__(self, parents, g, y, args):
+        "For each of `parents`, (number of the input, anything): that, and the gradient at the input."
         if self.together:
+            wanted = [i for i,_ in parents]
             ds = self.together([i in wanted for i in range(len(args))], g, y, *args)
-            return [ds[i] for i in wanted]
-        if any(i >= len(self.fs) for i in wanted): raise self.missing(f'input {min(i for i in wanted if i >= len(self.fs))}')
-        return [self.fs[i](g, y, *args[:self.counts[i]]) for i in wanted]
+            return [(p, ds[i]) for i,p in parents]
+        if parents and parents[-1][0] >= len(self.fs): raise self.missing(f'input {parents[-1][0]}')
+        return [(p, self.fs[i](g, y, *args[:self.counts[i]])) for i,p in parents]
 
     def missing(self, what): return NotImplementedError(f'no chain rule for {self.op}, {what}. Add a row with miniai.rules.rule, or detach() it')
 
@@ -488,7 +492,7 @@ def norm_back(g, y, a, p, dims):
     return g*torch.where((y == 0) | (a == 0), 0, a.sgn()*(a.abs()/y)**(p-1))
 
 # %% ../nbs/11_rules.ipynb #0665daeb
-def rows(x): return x.flatten(0, -2) if x.ndim > 1 else x[None]
+def rows(x): return x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 1 else x[None]
 def matmul_a(g, a, b):
     "dL/da of a @ b, where either may be a vector or a stack of matrices"
     if b.ndim == 1: return g.unsqueeze(-1)*conj(b) if a.ndim > 1 else g*conj(b)
@@ -500,6 +504,13 @@ def matmul_b(g, a, b):
     if b.ndim == 2: return conj(rows(a)).mT @ rows(g)
     return conj(a).mT @ g
 
+def linear_x(g, w):
+    "dL/dx of x @ w.T, for any number of rows; w may be a single row"
+    return g.mm(w.conj()) if g.ndim == w.ndim == 2 else g @ w.conj() if w.ndim == 2 else g.unsqueeze(-1)*w.conj()
+def linear_w(g, x, w):
+    "dL/dw of x @ w.T"
+    return rows(g).t().mm(rows(x.conj())) if w.ndim == 2 else (g.unsqueeze(-1)*x.conj()).reshape(-1, x.shape[-1]).sum(0)
+
 #    y = op(a, b)                                dL/da                                         dL/db
 rule((aten.mm.default, aten.bmm.default),        lambda g,y,a,b: g @ conj(b).mT,               lambda g,y,a: conj(a).mT @ g)
 rule(aten.matmul.default,                        lambda g,y,a,b: matmul_a(g, a, b),            lambda g,y,a,b: matmul_b(g, a, b))
@@ -507,8 +518,7 @@ rule(aten.mv.default,                            lambda g,y,a,b: torch.outer(g, 
 rule(aten.dot.default,                           lambda g,y,a,b: g*conj(b),                    lambda g,y,a: g*conj(a))
 rule(aten.vdot.default,                          lambda g,y,a,b: conj(g)*b,                    lambda g,y,a: g*a)
 rule(aten._grouped_mm.default,                   lambda g,y,a,b,ends: aten._grouped_mm(g, b.mT, ends), lambda g,y,a,b,ends: aten._grouped_mm(a.mT, g, ends), None)
-rule(aten.linear.default,                        lambda g,y,x,w: g @ conj(w) if w.ndim == 2 else g.unsqueeze(-1)*conj(w),
-                                                 lambda g,y,x,w: rows(g).mT @ rows(conj(x)) if w.ndim == 2 else (g.unsqueeze(-1)*conj(x)).reshape(-1, x.shape[-1]).sum(0), lambda g,y: g)
+rule(aten.linear.default,                        lambda g,y,x,w: linear_x(g, w),               lambda g,y,x,w: linear_w(g, x, w),            lambda g,y: g)
 #    y = op(c, a, b, beta, alpha)                dL/dc                                         dL/da                                         dL/db
 rule((aten.addmm.default, aten.baddbmm.default), lambda g,y,c,a,b,beta: g*conj(beta),          lambda g,y,c,a,b,beta,alpha: conj(alpha)*(g @ conj(b).mT), lambda g,y,c,a,b,beta,alpha: conj(alpha)*(conj(a).mT @ g))
 rule(aten.addbmm.default,                        lambda g,y,c,a,b,beta: g*conj(beta),          lambda g,y,c,a,b,beta,alpha: conj(alpha)*(g @ conj(b).mT), lambda g,y,c,a,b,beta,alpha: conj(alpha)*(conj(a).mT @ g))
@@ -981,11 +991,9 @@ constant("""detach lift_fresh
     heaviside floor_divide _local_scalar_dense""")
 
 # %% ../nbs/11_rules.ipynb #f4a9c033
-PARTS = {}     # operator: the same as a program of others, `f(run, *args)`
-
 def parts(op, f):
-    "A row for an operator that is a word for others."
-    PARTS[op] = f
+    "A row for an operator that is a word for others: `f(run, *args)` says it in these."
+    RULES[op] = Rule(op, (), (), parts=f)
 
 #     operator                                   its parts
 parts(aten.conv1d.default,                       lambda run,x,w,b,*how: convolve(run, x, w, b, *how))

@@ -14,19 +14,19 @@ from weakref import ref
 from fastcore.basics import patch
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode_temporarily
-from .rules import PARTS, RULES, Rule, aten, tensors
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from .rules import RULES, Rule, aten, tensors
 
 # %% auto #0
 __all__ = ['VERSIONS', 'COMPOSITE', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'RECURRENT', 'NONE', 'TWINS', 'FORGETS',
-           'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like', 'version', 'Node', 'double', 'Tape', 'caller',
-           'versions', 'writes', 'decomposition', 'NoRules', 'Grads', 'listed', 'fit', 'call_hooks', 'leading',
-           'open_tapes', 'seed', 'twin', 'places', 'memory', 'rest', 'put']
+           'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like', 'listed', 'Node', 'double', 'Tape', 'caller',
+           'versions', 'writes', 'decomposition', 'NoRules', 'Grads', 'fit', 'hooked', 'leading', 'open_tapes', 'Aside',
+           'seed', 'twin', 'places', 'memory', 'rest', 'put']
 
 # %% ../nbs/12_tape.ipynb #44df3dc3
 class Edge:
     "Where a tensor came from, output `i` of a node (None: a constant), and what it is like; for a view also the edge that its base had."
-    __slots__ = 'node', 'i', 'shape', 'dtype', 'was'
+    __slots__ = 'node', 'i', 'shape', 'dtype', 'was', '__weakref__'
     def __init__(self, x, node=None, i=0, was=None): self.node,self.i,self.shape,self.dtype,self.was = node,i,x.shape,x.dtype,was
     @property
     def ndim(self): return len(self.shape)
@@ -37,7 +37,7 @@ class Edge:
 
 def is_float(x): return isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
 def like(a): return Edge(a) if isinstance(a, Tensor) else [like(o) for o in a] if a.__class__ in (list, tuple) else a
-def version(a): return [version(o) for o in a] if a.__class__ in (list, tuple) else getattr(a, '_version', None)
+def listed(a): return a if a.__class__ in (list, tuple) else (a,)
 
 # %% ../nbs/12_tape.ipynb #a05ff90b
 class Node:
@@ -49,13 +49,17 @@ class Node:
         self.args,self.y = list(args[:keep.n]),None
         for i in keep.gone: self.args[i] = None
         for i in keep.likes: self.args[i] = like(self.args[i])
-        self.versions = [version(self.args[i]) for i in keep.values]
+        self.tensors = [a for i in keep.values for a in listed(self.args[i]) if isinstance(a, Tensor)]
+        self.versions = [a._version for a in self.tensors]
 
     def keep_outputs(self, ys, writes=0):
         "As much of the outputs as the rule will read; if the operator writes, PyTorch counts that when we are done."
-        want = self.keep.y
-        self.y = [like(o) if want == 'like' else double(o) if want == 'value' or i in want else None for i,o in enumerate(ys)]
-        self.versions += [None if (v := version(o)) is None else v + writes for o in self.y]
+        want,self.y = self.keep.y,[]
+        for i,y in enumerate(ys):
+            self.y.append(like(y) if want == 'like' else double(y) if want == 'value' or i in want else None)
+            if isinstance(self.y[i], Tensor):
+                self.tensors.append(self.y[i])
+                self.versions.append(y._version + writes)
 
     @property
     def edges(self):
@@ -71,8 +75,7 @@ def double(x):
     exclude(VERSIONS, False)
     twin = x.detach()
     exclude(VERSIONS, was)
-    for k,edge in x.__dict__.items():
-        if k.startswith('_edge'): setattr(twin, k, edge)
+    if x.__dict__: twin.__dict__.update({k: edge for k,edge in x.__dict__.items() if k.startswith('_edge')})
     return twin
 
 # %% ../nbs/12_tape.ipynb #388dc17a
@@ -103,9 +106,9 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         rule = RULES.get(op)
-        if rule is None or self.walking or not torch.is_grad_enabled(): return self.other(op, args, kwargs or {})
+        if not rule or rule.parts or self.walking or not torch.is_grad_enabled(): return self.other(op, rule, args, kwargs or {})
         y = op(*args, **(kwargs or {})) if not rule.loose else self.noting_views(op, args, kwargs or {})
-        self.record(rule, rule.full(args, kwargs or {}), y)
+        self.record(rule, args if len(args) == rule.n else rule.full(args, kwargs or {}), y)
         return y
 
     @classmethod
@@ -115,19 +118,20 @@ SERIAL = count()
 
 # %% ../nbs/12_tape.ipynb #925a9073
 @patch
-def record(self:Tape, rule, args, y):
+def record(self:Tape, rule, args, y)->Node|None:
     "`y` came of a call with `args`: hang a node on it, or mark it as a constant."
-    several = y.__class__ in (list, tuple)
-    ys,parents,key = (y if several else (y,)),self.parents(rule, args),self.key
-    node = Node(next(self.numbers), rule, parents, args) if parents else None
+    node = Node(next(self.numbers), rule, parents, args) if (parents := self.parents(rule, args)) else None
+    was = self.base_edge(args[0]) if rule.view and rule.inputs else None
+    ys = y if rule.several else (y,)
     if node:
         if node.keep.y: node.keep_outputs(ys)
         if rule.several: node.like = [like(o) for o in ys]
         if self.names: node.where = caller(self.names)
-        self.last = ref(ys[0])
-    was = self.base_edge(args[0]) if rule.view and rule.inputs else None
     for i,o in enumerate(ys):
-        if is_float(o) and not getattr(o, key, None): setattr(o, key, Edge(o, node, i, was))     # else it is an input
+        if is_float(o) and not getattr(o, self.key, None):      # else it is an input
+            edge = Edge(o, node, i, was)
+            setattr(o, self.key, edge)
+            if node: self.last = ref(edge)
     return node
 
 @patch
@@ -192,13 +196,13 @@ LEAF = Rule('leaf', (), ())
 
 # %% ../nbs/12_tape.ipynb #1b0dab15
 @patch
-def other(self:Tape, op, args, kwargs):
-    "An operator without a row: one that writes, a word for others, or unknown."
+def other(self:Tape, op, rule, args, kwargs):
+    "An operator that is not to be recorded, or has no row: one that writes, a word for others, or unknown."
     if self.walking or not torch.is_grad_enabled(): return op(*args, **kwargs)
-    if writes(op): return self.write(op, args, kwargs)
-    y = PARTS[op](self.run, *NONE[op].full(args, kwargs)) if op in PARTS else NotImplemented
-    if y is NotImplemented and (parts := decomposition(op)):
-        with self.listening(op): y = parts(*args, **kwargs)
+    y = rule.parts(self.run, *rule.full(args, kwargs)) if rule else NotImplemented
+    if y is NotImplemented and writes(op): return self.write(op, args, kwargs)
+    if y is NotImplemented and (program := decomposition(op)):
+        with self.listening(op): y = program(*args, **kwargs)
     if y is NotImplemented: self.record(NONE[op], NONE[op].full(args, kwargs), y := op(*args, **kwargs))
     return y
 
@@ -249,19 +253,17 @@ NONE = NoRules()
 
 # %% ../nbs/12_tape.ipynb #ab9ff9df
 @patch
-def pull(self:Node, gs, give, useful, deep):
+def pull(self:Node, gs, give, useful=None, deep=False):
     "One step of the chain rule: from the gradients at the outputs, `gs`, to those at the inputs, which `give(edge, g)` takes."
     self.check()
     rule,y = self.rule.plain if deep and self.rule.plain else self.rule,self.y
-    g = Grads(gs, self.like) if rule.several else gs[0]
+    read = g = Grads(gs, self.like) if rule.several else gs[0]
     if y and not rule.several: y = y[0]
     todo = self.parents if useful is None else [(i, p) for i,p in self.parents if any(e and e.node in useful for e in listed(p))]
-    ds = rule([i for i,_ in todo], g, y, self.args)
-    for (_,p),d in zip(todo, ds, strict=True):
-        if p.__class__ is list:
-            for e,d in zip(p, d, strict=True): e and d is not None and give(e, d)
-        elif d is not None: give(p, d)
-    if rule.several and (missed := gs.keys() - g.read): raise rule.missing(f'output {min(missed)}')
+    for p,d in rule(todo, g, y, self.args):
+        for edge,g in zip(p, d, strict=True) if p.__class__ is list else ((p, d),):
+            if edge and g is not None: give(edge, g)
+    if rule.several and (missed := gs.keys() - read.read): raise rule.missing(f'output {min(missed)}')
 
 class Grads:
     "The gradients at several outputs, zeros where none arrived. It knows which were read."
@@ -277,20 +279,16 @@ class Grads:
 def check(self:Node):
     "Are the kept values still there, and what they were?"
     if self.args is None: raise RuntimeError(f'{self.rule.op}: the tape was walked already and what it kept is gone; keep it with retain=True')
-    kept = [*[self.args[i] for i in self.keep.values], *(self.y or ())]
-    now = [version(a) for a in kept]
-    if now == self.versions: return
-    x = next(a for a,v,w in zip(kept, now, self.versions, strict=True) if v != w)
-    raise RuntimeError(f'{self.rule.op}: its derivative needs a tensor {tuple(listed(x)[0].shape)} that was changed in place afterwards; '
+    if [x._version for x in self.tensors] == self.versions: return
+    x = next(x for x,v in zip(self.tensors, self.versions, strict=True) if x._version != v)
+    raise RuntimeError(f'{self.rule.op}: its derivative needs a tensor {tuple(x.shape)} that was changed in place afterwards; '
                        'change a clone(), or use the operator that is not in place')
-
-def listed(p): return p if p.__class__ in (list, tuple) else (p,)
 
 # %% ../nbs/12_tape.ipynb #d4e881f3
 def fit(g, like):
     "`g` in the shape and type of what it is the gradient of: what was repeated is summed, what was cast is cast back."
     if (came := g.shape) != like.shape:
-        if g.ndim > like.ndim: g = g.sum(list(range(g.ndim-like.ndim)))
+        if g.ndim > like.ndim: g = g.sum(tuple(range(g.ndim-like.ndim)))
         if g.shape != like.shape and (ones := [i for i,n in enumerate(like.shape) if n == 1]): g = g.sum(ones, keepdim=True)
         if g.shape != like.shape: raise ValueError(f'a rule gave a gradient {tuple(came)} for an input {tuple(like.shape)}')
     if g.dtype != like.dtype: g = (g.real if g.is_complex() and not like.dtype.is_complex else g).to(like.dtype)
@@ -299,14 +297,15 @@ def fit(g, like):
 # %% ../nbs/12_tape.ipynb #470aedff
 @patch
 def walk(self:Tape,
-    starts,       # (edge, g) of the outputs
-    useful,       # the nodes that lead to what is asked for; None: all
+    ys,           # [(y, g), ...]: the outputs, and the gradients there (None: 1)
+    asked,        # `asked(node)`: is this one whose gradients are wanted? None: all leaves
     arrived,      # `arrived(node, gs)`: all contributions to the gradients of its outputs are in `gs`
     retain=False, # keep what the rules read?
 ):
     "The chain rule, from the outputs back: each node once, the last made first."
-    listeners = [t for t in open_tapes() if not t.walking]
-    gs,waiting = {},[]
+    starts = [(e, seed(y, g)) for y,g in ys if (e := self.source(y))]
+    useful = None if asked is None else leading([e.node for e,_ in starts], asked)
+    listeners,gs,waiting = [t for t in open_tapes() if not t.walking],{},[]
     def give(edge, g):
         node,i = edge.node,edge.i
         if useful is not None and node not in useful: return
@@ -319,22 +318,18 @@ def walk(self:Tape,
     while waiting:
         node = heappop(waiting)[1]
         g = gs.pop(node)
-        if node.hooks: call_hooks(node, g)
-        arrived(node, g)
-        if node.parents:
-            with self.known(node) if self in listeners else nullcontext(): node.pull(g, give, useful, bool(listeners))
-            if not retain: node.free()
+        if node.hooks: g = {i: hooked(d, node.hooks.get(i, {})) for i,d in g.items()}
+        if node.leaf if asked is None else asked(node): arrived(node, g)
+        if not node.parents: continue
+        if not listeners: node.pull(g, give, useful)
+        else:
+            with self.known(node) if self in listeners else nullcontext(): node.pull(g, give, useful, deep=True)
+        if not retain and node.keep.holds: node.args = node.y = node.tensors = None
 
-@patch
-def free(self:Node):
-    "Let go of the tensors that were kept."
-    if self.keep.holds: self.args = self.y = None
-
-def call_hooks(node, gs):
+def hooked(g, hooks):
     "Functions that see a gradient as it passes, and may change it."
-    for i,fs in node.hooks.items():
-        for f in list(fs.values()):
-            if i in gs and (new := f(gs[i])) is not None: gs[i] = new
+    for hook in list(hooks.values()): g = g if (new := hook(g)) is None else new
+    return g
 
 def leading(tops, asked):
     "The nodes from which the walk can come to one that is `asked(node)`."
@@ -353,20 +348,21 @@ def open_tapes():
     "The tapes that are recording, the innermost first."
     return [t for t in reversed(_get_current_dispatch_mode_stack()) if isinstance(t, Tape)]
 
-@patch
-@contextmanager
-def aside(self:Tape, create_graph):
-    "While the tape walks it does not listen, unless gradients of gradients are wanted; tapes around it do."
-    stack,was = _get_current_dispatch_mode_stack(),self.walking
-    with torch._C._AutoDispatchBelowAutograd():
-        if create_graph:
-            with nullcontext() if self in stack else self: yield
-        elif stack and stack[-1] is self:
-            with _pop_mode_temporarily(): yield
-        else:
-            self.walking = True
-            try: yield
-            finally: self.walking = was
+class Aside:
+    "`with Aside(tape, create_graph):` it does not listen, unless gradients of gradients are wanted; tapes around it do."
+    def __init__(self, tape, create_graph): self.tape,self.listens,self.guard = tape,create_graph,torch._C._AutoDispatchBelowAutograd()
+    def __enter__(self):
+        stack,self.was = _get_current_dispatch_mode_stack(),self.tape.walking
+        self.guard.__enter__()
+        self.on_top,self.shut = bool(stack) and stack[-1] is self.tape,self.tape not in stack
+        if self.listens: self.shut and self.tape.__enter__()
+        elif self.on_top: _pop_mode()
+        else: self.tape.walking = True
+    def __exit__(self, *error):
+        if self.listens: self.shut and self.tape.__exit__(*error)
+        elif self.on_top: _push_mode(self.tape)
+        else: self.tape.walking = self.was
+        self.guard.__exit__(*error)
 
 @patch
 @contextmanager
@@ -393,18 +389,15 @@ def gradient(self:Tape,
 @patch
 def gradients(self:Tape, ys, xs, retain=False, create_graph=False):
     "The gradient of several outputs together, `ys` = [(y, g), ...]."
-    starts = [(e, seed(y, g)) for y,g in ys if (e := self.source(y))]
-    edges,found = [self.asked(x) for x in xs],{}
+    edges,found = [self.asked(x, ys) for x in xs],{}
     asked = {e.node for e in edges if e}
-    def arrived(node, gs):
-        if node in asked: found[node] = gs
-    with self.aside(create_graph): self.walk(starts, leading([e.node for e,_ in starts], asked.__contains__), arrived, retain or create_graph)
+    with Aside(self, create_graph): self.walk(ys, asked.__contains__, found.__setitem__, retain or create_graph)
     return [found.get(e.node, {}).get(e.i) if e else None for e in edges]
 
 @patch
-def asked(self:Tape, x)->Edge|None:
-    "The edge of a tensor whose gradient is asked for; None where it never came by."
-    if not getattr(x, self.key, None): return None
+def asked(self:Tape, x, ys)->Edge|None:
+    "The edge of a tensor whose gradient is asked for; None where it never came by, and is none of the outputs itself."
+    if not getattr(x, self.key, None) and all(x is not y for y,_ in ys): return None
     if source := self.source(x): return source
     raise ValueError(f'gradient: this tensor {tuple(x.shape)} is a constant for the tape, for nothing that it follows went into it; '
                      'call tape.watch(x) before it is used')
