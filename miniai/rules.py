@@ -11,52 +11,66 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Plan', 'solve', 'triangular', 'PARTS', 'tensors', 'Rule', 'rule', 'overloads',
-           'own', 'reads', 'more', 'merged', 'plan', 'conj', 'times', 'slope', 'unless', 'at_least', 'at_most', 'flat',
-           'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat',
-           'unrepeat', 'put_back', 'blank', 'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread',
-           'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back',
-           'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows', 'column', 'matmul_a', 'matmul_b',
-           'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights',
-           'index_reduce_back', 'conv_back', 'batch_norm_back', 'batch_norm_update_back', 'layer_norm_back',
-           'group_norm_back', 'attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes', 'share_of',
-           'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w', 'but_channels', 'norm', 'unnorm',
-           'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x', 'batch_norm_w', 'group_norm_x',
-           'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope', 'glu_back', 'embedding_back', 'place',
-           'nll_back', 'half', 'less', 'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back',
-           'cholesky_inverse_back', 'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back', 'matrix_exp_back', 'eye',
-           'cholesky_back', 'qr_back', 'lu_back', 'lu_factor_back', 'lu_unpack_back', 'over', 'over_gaps', 'eigh_back',
-           'eig_back', 'svd_back', 'pinv_back', 'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast',
-           'convolve', 'batch_norm', 'cross_entropy', 'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear']
+__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'PARTS', 'Rule', 'rule', 'overloads',
+           'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times', 'slope', 'unless', 'at_least',
+           'at_most', 'flat', 'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse',
+           'uncat', 'unrepeat', 'put_back', 'blank', 'unfold_back', 'extent', 'strided_back', 'listed', 'size',
+           'spread', 'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back', 'others', 'prod_back',
+           'norm_back', 'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows', 'column', 'matmul_a',
+           'matmul_b', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back',
+           'product_weights', 'index_reduce_back', 'conv_back', 'batch_norm_back', 'batch_norm_update_back',
+           'layer_norm_back', 'group_norm_back', 'attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint',
+           'shapes', 'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w',
+           'but_channels', 'norm', 'unnorm', 'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x',
+           'batch_norm_w', 'group_norm_x', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope', 'glu_back',
+           'embedding_back', 'place', 'nll_back', 'half', 'less', 'solve_back', 'triangular_back',
+           'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back', 'lu_solve_back', 'diagonal',
+           'det_back', 'slogdet_back', 'matrix_exp_back', 'eye', 'cholesky_back', 'qr_back', 'lu_back',
+           'lu_factor_back', 'lu_unpack_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back',
+           'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy',
+           'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
 RULES = {}     # operator: Rule
 
-@cache
-def tensors(op):
-    "The positions of an operator's arguments that are tensors or lists of tensors."
-    return [i for i,a in enumerate(op._schema.arguments) if 'Tensor' in str(a.type)]
-
 class Rule:
     "How a gradient passes an operator: one row of the table."
     def __init__(self,
+        op,            # the operator, or the name of something else that has a derivative
         fs,            # a function for each input, None where there is no derivative
-        inputs,        # which arguments are tensors
+        inputs,        # which arguments have one
         together=None, # or one function for all inputs, `f(need, g, y, *args)`, where a kernel computes them at once
+        several=False, # are there several outputs?
     ):
-        self.fs,self.together,self.plans,self.plain = fs,together,{},None
+        self.op,self.fs,self.together,self.plain,self.several,self.view,self.loose = op,fs,together,None,several,False,False
         self.inputs = [i for i in inputs if i >= len(fs) or fs[i]]
         self.counts = [f and reads(f).n for f in fs]
+        self.keeps,self.defaults,self.tensors = Keeps(self),(),None
+        if not isinstance(op, str): self.look(op._schema)
 
-    def plan(self,
-        wanted:tuple, # numbers of the inputs whose gradient may be asked for
-    )->Plan:
-        "What must be kept for the functions that may be called."
-        if wanted not in self.plans:
-            fs = [reads(f) for r in (self, self.plain) if r for i,f in enumerate(r.fs) if f and i in wanted]
-            self.plans[wanted] = merged([*fs, reads(self.together, 2)] if self.together else fs)
-        return self.plans[wanted]
+    def look(self, schema):
+        "What PyTorch says of the operator."
+        self.defaults = [(a.name, a.default_value) for a in schema.arguments]
+        self.tensors = tensors(self.op)
+        self.several = [str(r.type) for r in schema.returns] != ['Tensor']
+        self.view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)     # can an output be a view of the input?
+        self.loose = self.view and not self.op.is_view                                          # or a copy, as it happens?
+
+    def full(self, args, kwargs):
+        "All arguments of a call in their order, defaults filled in."
+        rest = self.defaults[len(args):]
+        return [*args, *[kwargs.get(name, value) for name,value in rest]] if rest else args
+
+    def __call__(self, wanted, g, y, args):
+        "The gradients at the inputs with the numbers `wanted`."
+        if self.together:
+            ds = self.together([i in wanted for i in range(len(args))], g, y, *args)
+            return [ds[i] for i in wanted]
+        if any(i >= len(self.fs) for i in wanted): raise self.missing(f'input {min(i for i in wanted if i >= len(self.fs))}')
+        return [self.fs[i](g, y, *args[:self.counts[i]]) for i in wanted]
+
+    def missing(self, what): return NotImplementedError(f'no chain rule for {self.op}, {what}. Add a row with miniai.rules.rule, or detach() it')
 
 # %% ../nbs/11_rules.ipynb #d9d912bc
 def rule(
@@ -68,12 +82,16 @@ def rule(
     "Put a row into the table, or replace one; `@rule(*fs)` gives a function of your own its derivative."
     if op is None or callable(op) and not isinstance(op, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)): return lambda f: own(f, (op, *fs))
     for one in op if isinstance(op, tuple) else (op,):
-        for o in overloads(one): RULES[o] = Rule(fs, tensors(o) if inputs is None else inputs, together)
+        for o in overloads(one): RULES[o] = Rule(o, fs, tensors(o) if inputs is None else inputs, together)
 
 def overloads(op):
     "`aten.add.Tensor` is one; `aten.add` stands for all that write nowhere."
     if isinstance(op, torch._ops.OpOverload): return [op]
     return [o for o in (getattr(op, name) for name in op.overloads()) if not o._schema.is_mutable]
+
+def tensors(op):
+    "The positions of an operator's arguments that are tensors or lists of tensors."
+    return [i for i,a in enumerate(op._schema.arguments) if 'Tensor' in str(a.type)]
 
 def own(f, fs):
     "`f` with the derivatives `fs`, under either engine."
@@ -95,13 +113,13 @@ def own(f, fs):
 # %% ../nbs/11_rules.ipynb #95c9bdda
 LIKE = 'shape', 'ndim', 'dtype'
 ORDER = None, 'like', 'value'
-Plan = namedtuple('Plan', 'args y n holds')     # {number of the argument: 'value' or 'like'}; for y too, or a set of outputs; how many; any value?
+Reads = namedtuple('Reads', 'args y n')     # {number of the argument: 'value' or 'like'}; for y too, or a set of outputs; how many arguments
 
 @cache
 def reads(
     f,    # `f(g, y, *args)`
     at=1, # where y stands
-)->Plan:
+)->Reads:
     "What a function reads, from its bytecode."
     if hasattr(f, 'reads'): return f.reads
     names = f.__code__.co_varnames[:f.__code__.co_argcount][at:]
@@ -113,7 +131,7 @@ def reads(
             how = 'like' if then.opname == 'LOAD_ATTR' and then.argval in LIKE else 'value'
             if name == names[0]: y = more(y, {then.argval} if 'SUBSCR' in last.opname and isinstance(then.argval, int) else how)
             else: args[names.index(name)-1] = more(args.get(names.index(name)-1), how)
-    return plan(args, y, None if f.__code__.co_flags & 4 else len(names)-1)
+    return Reads(args, y, None if f.__code__.co_flags & 4 else len(names)-1)
 
 def more(a, b):
     "The more of two."
@@ -121,15 +139,29 @@ def more(a, b):
     if isinstance(a, set) or isinstance(b, set): return 'value' if 'value' in (a, b) else a if isinstance(a, set) else b
     return max(a, b, key=ORDER.index)
 
-def merged(plans)->Plan:
+def merged(all_reads)->Reads:
     "What any of them reads."
     args,y,n = {},None,0
-    for p in plans:
-        y,n = more(y, p.y),None if p.n is None or n is None else max(n, p.n)
-        for k,how in p.args.items(): args[k] = more(args.get(k), how)
-    return plan(args, y, n)
+    for r in all_reads:
+        y,n = more(y, r.y),None if r.n is None or n is None else max(n, r.n)
+        for k,how in r.args.items(): args[k] = more(args.get(k), how)
+    return Reads(args, y, n)
 
-def plan(args, y, n): return Plan(args, y, n, n is None or y not in (None, 'like') or 'value' in args.values())
+# %% ../nbs/11_rules.ipynb #e3cf6f35
+Keep = namedtuple('Keep', 'n gone likes values y holds')  # of the first n arguments: which go, whose likeness stays, which tensors stay; of y; any?
+
+class Keeps(dict):
+    "{the numbers of the inputs that are followed: what a call must keep for their derivatives}, made when first asked for."
+    def __init__(self, rule): self.rule = rule
+    def __missing__(self, wanted):
+        r = self.rule
+        fs = [reads(f) for row in (r, r.plain) if row for i,f in enumerate(row.fs) if f and i in wanted]
+        args,y,n = merged([*fs, reads(r.together, 2)] if r.together else fs)
+        if n is None: n,args = len(r.defaults),dict.fromkeys(range(len(r.defaults)), 'value')       # `*args` reads all
+        gone,likes = (tuple(i for i in range(n) if args.get(i) == how) for how in (None, 'like'))
+        values = tuple(i for i in range(n) if args.get(i) == 'value' and (r.tensors is None or i in r.tensors))
+        self[wanted] = keep = Keep(n, gone, likes, values, y, bool(values) or y not in (None, 'like'))
+        return keep
 
 # %% ../nbs/11_rules.ipynb #0ffcf753
 def conj(x):
@@ -219,7 +251,7 @@ slope(aten.sinc.default,                lambda y,a: unless(a == 0, ((math.pi*a).
 slope(aten.nan_to_num.default,          lambda y,a: a.isfinite())
 slope(aten.frac.default,                lambda y: 1)
 
-# %% ../nbs/11_rules.ipynb #38dcdf2d
+# %% ../nbs/11_rules.ipynb #5fb2cc42
 def flat(y): return torch.zeros_like(y)
 
 def turn(g, y, a):
@@ -316,12 +348,12 @@ def unrepeat(g, shape, times):
     for d,(k,n) in enumerate(zip(times[extra:], shape, strict=True)): g = g.unflatten(d, (k, n)).sum(d)
     return g
 
-# %% ../nbs/11_rules.ipynb #9cae2f8f
+# %% ../nbs/11_rules.ipynb #b449c8eb
 #    y = op(a, ...)                     dL/da
 rule((aten.alias.default, aten.clone.default, aten._to_copy.default, aten.expand.default),
                                         lambda g,y: g)
-rule((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.unsqueeze.default,
-      aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+rule((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default, aten.flatten.using_ints,
+      aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
                                         lambda g,y,a: g.reshape(a.shape))
 rule(aten.t.default,                    lambda g,y: g.t())
 rule(aten.transpose.int,                lambda g,y,a,i,j: g.transpose(i, j))
@@ -347,7 +379,7 @@ rule((aten._conj.default, aten._conj_physical.default),
                                         lambda g,y: g.conj())
 rule(aten._neg_view.default,            lambda g,y: -g)
 
-# %% ../nbs/11_rules.ipynb #5c1f8e91
+# %% ../nbs/11_rules.ipynb #ed66dafe
 def put_back(g, shape, see, *at):
     "Zeros of `shape`, with `g` at what `see` sees of them."
     z = g.new_zeros(shape)
@@ -376,7 +408,7 @@ rule(aten.copy.default,                 None,                      lambda g,y: g
 rule(aten.fill.Tensor,                  None,                      lambda g,y: g.sum())
 rule((aten.fill.Scalar, aten.zero.default), None)
 
-# %% ../nbs/11_rules.ipynb #57ec4848
+# %% ../nbs/11_rules.ipynb #f2cef50f
 def unfold_back(g, shape, d, size, step):
     "The sum over the windows that a number was seen in."
     if not shape: return g.reshape(shape)
@@ -434,7 +466,7 @@ rule(aten.std_mean.correction,          lambda g,y,a,d,n,keep: (var_back(sqrt_ba
                                                                 + mean_back(g[1], a.shape, d, keep)))
 rule(aten.trace.default,                lambda g,y,a: g*torch.eye(*a.shape, dtype=g.dtype, device=g.device))
 
-# %% ../nbs/11_rules.ipynb #0bec45f3
+# %% ../nbs/11_rules.ipynb #c9f0e5da
 def share(g, y, a, dims, keepdim):
     "Where several are largest they share."
     chosen = a == spread(y, a.shape, dims, keepdim)
@@ -468,7 +500,7 @@ rule(aten.sort.stable,                  lambda g,y,a,stable,d: pick_back(g[0], y
 rule((aten.sort.default, aten.cummax.default, aten.cummin.default),
                                         lambda g,y,a,d: pick_back(g[0], y[1], a.shape, d, True))
 
-# %% ../nbs/11_rules.ipynb #9fc36f8e
+# %% ../nbs/11_rules.ipynb #59029d97
 def others(a, d):
     "The product of all others along `d`: of those before and those after."
     one,n = torch.ones_like(a.narrow(d, 0, 1)),a.shape[d]-1
@@ -578,7 +610,7 @@ def unmask(g, m, shape):
     g = g.masked_select(m)
     return torch.cat([g, g.new_zeros(math.prod(shape)-g.numel())]).reshape(shape)
 
-# %% ../nbs/11_rules.ipynb #199d3715
+# %% ../nbs/11_rules.ipynb #7a46fc82
 #    y = a at ...                       dL/da
 rule(aten.index_select.default,         lambda g,y,a,d,i: g.new_zeros(a.shape).index_add_(d, i, g) if a.ndim else g.sum())
 rule(aten.gather.default,               lambda g,y,a,d,i: g.new_zeros(a.shape).scatter_add_(d, i, g))
@@ -603,7 +635,7 @@ rule((aten.index_fill.int_Scalar, aten.index_fill.int_Tensor),
                                         lambda g,y,a,d,i: g.index_fill(d, i, 0), *[None]*2,
                                         lambda g,y,a,d,i: g.index_select(d, i.unique()).sum())
 
-# %% ../nbs/11_rules.ipynb #0eda8834
+# %% ../nbs/11_rules.ipynb #13562f32
 def like_rows(i, d, b):
     "An index of whole rows as an index of entries."
     return i.reshape([-1 if k == d % b.ndim else 1 for k in range(b.ndim)]).expand(b.shape) if b.ndim else i.reshape(())
@@ -693,7 +725,7 @@ def bag_weights(g, y, w, i, offsets, by_freq, mode, sparse, each, last, pad):
 rule(aten.embedding.default,            lambda g,y,w,i,pad,by_freq: aten.embedding_dense_backward(g, i, w.shape[0], pad, by_freq))
 rule(aten._embedding_bag.default,       bag_rows, *[None]*5, bag_weights)
 
-# %% ../nbs/11_rules.ipynb #b7952a78
+# %% ../nbs/11_rules.ipynb #2742202c
 def adjoint(name, like=False):
     "Rows for the kernel of a linear map and for its adjoint, which needs `a` or, if `like`, no more than its shape."
     op,back = (getattr(aten, n).default for n in (name, name + '_backward'))
@@ -707,7 +739,7 @@ def adjoint(name, like=False):
 def shapes(op, f):
     "`f` as one that asks no more of a tensor than its shape."
     n = len(op._schema.arguments)
-    f.reads = plan({i: 'like' if i in tensors(op) else 'value' for i in range(n)}, None, n)
+    f.reads = Reads({i: 'like' if i in tensors(op) else 'value' for i in range(n)}, None, n)
     return f
 
 for name in """
@@ -743,7 +775,7 @@ rule(aten.fractional_max_pool3d.default,
 rule(aten.max_unpool2d.default,         lambda g,y,a,at: g.flatten(-2).gather(-1, at.flatten(-2)).reshape(a.shape))
 rule(aten.max_unpool3d.default,         lambda g,y,a,at: g.flatten(-3).gather(-1, at.flatten(-3)).reshape(a.shape))
 
-# %% ../nbs/11_rules.ipynb #58533f0d
+# %% ../nbs/11_rules.ipynb #644fb2e4
 def share_of(reduction, n): return 1/max(n, 1) if reduction == 1 else 1     # PyTorch counts 0 none, 1 mean, 2 sum
 
 def distance(op, slope):
@@ -764,7 +796,7 @@ rule(aten.multilabel_margin_loss_forward.default,
 rule((aten._ctc_loss.default, aten._ctc_loss.Tensor),
                                         lambda g,y,a,t,n,m,blank,zero: aten._ctc_loss_backward(g[0], a, t, n, m, y[0], y[1], blank, zero))
 
-# %% ../nbs/11_rules.ipynb #0861029a
+# %% ../nbs/11_rules.ipynb #a0fc4103
 def renorm_back(g, y, a, p, d, most):
     "Rows that were too long were scaled by most/norm, and their norm feels them too."
     dims = [i for i in range(a.ndim) if i != d % a.ndim]
@@ -774,12 +806,12 @@ def renorm_back(g, y, a, p, d, most):
 
 rule(aten.renorm.default,               renorm_back)
 
-# %% ../nbs/11_rules.ipynb #746975a7
+# %% ../nbs/11_rules.ipynb #d40391d2
 def plain(op, *fs):
     "The formula behind a kernel: used where its gradient is itself to be differentiated."
-    for o in op if isinstance(op, tuple) else (op,): RULES[o].plain = Rule(fs, RULES[o].inputs)
+    for o in op if isinstance(op, tuple) else (op,): RULES[o].plain = Rule(o, fs, RULES[o].inputs)
 
-# %% ../nbs/11_rules.ipynb #0f59a5fc
+# %% ../nbs/11_rules.ipynb #583e40f6
 def repeated(v, n): return list(v)*n if len(v) == 1 else v
 
 def conv_x(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
@@ -811,7 +843,7 @@ def but_channels(g): return [0, *range(2, g.ndim)]
 
 plain(aten.convolution.default, conv_x, conv_w, lambda g,y,x,w,b: g.sum(but_channels(g)))
 
-# %% ../nbs/11_rules.ipynb #a0322138
+# %% ../nbs/11_rules.ipynb #4f6e7a8c
 def norm(x, dims, eps):
     "x^ and 1/sigma"
     d = x - x.mean(dims, keepdim=True)
@@ -894,7 +926,7 @@ plain(aten.glu.default,                 lambda g,y,a,d: glu_back(g, a, d))
 plain(aten._softmax.default,            lambda g,y,a,d: y*(g - (g*y).sum(d, keepdim=True)))
 plain(aten._log_softmax.default,        lambda g,y,a,d: g - y.exp()*g.sum(d, keepdim=True))
 
-# %% ../nbs/11_rules.ipynb #7405dab9
+# %% ../nbs/11_rules.ipynb #84050682
 def embedding_back(g, y, w, i, pad, by_freq):
     "Each row is the sum of what came to its word."
     k = (i != pad).to(g.dtype)
@@ -921,7 +953,7 @@ plain((aten.max_pool3d_with_indices.default, aten.adaptive_max_pool3d.default, a
                                         lambda g,y,a: place(g[0], y[1], a.shape, 3))
 plain((aten.nll_loss_forward.default, aten.nll_loss2d_forward.default), nll_back)
 
-# %% ../nbs/11_rules.ipynb #8109dd01
+# %% ../nbs/11_rules.ipynb #a214e29a
 solve,triangular = torch.linalg.solve,torch.linalg.solve_triangular
 def half(a, upper, unit): return a.triu(int(unit)) if upper else a.tril(-int(unit))
 def less(gb, y, left): return -(gb @ y.mH if left else y.mH @ gb)
@@ -970,7 +1002,7 @@ rule(aten.inverse.default,                 lambda g,y: -(y.mH @ g @ y.mH))
 rule(aten.linalg_inv_ex.default,           lambda g,y: -(y[0].mH @ g[0] @ y[0].mH))
 rule(aten.cholesky_inverse.default,        cholesky_inverse_back)
 
-# %% ../nbs/11_rules.ipynb #45a6827c
+# %% ../nbs/11_rules.ipynb #8bcb8386
 def diagonal(v, a):
     "The numbers `v` on the diagonal of matrices like `a`."
     return torch.diag_embed(v[..., None].expand(a.shape[:-1]).to(a.dtype))
@@ -1002,7 +1034,7 @@ rule(aten.linalg_cross.default,            lambda g,y,a,b,dim: torch.linalg.cros
 #                                          dL/db
                                            lambda g,y,a,b,dim: torch.linalg.cross(g, conj(a), dim=dim))
 
-# %% ../nbs/11_rules.ipynb #56b21f15
+# %% ../nbs/11_rules.ipynb #d52d64ab
 def eye(n, a): return torch.eye(n, dtype=a.dtype, device=a.device)
 
 def cholesky_back(g, l, upper):
@@ -1053,7 +1085,7 @@ rule(aten.linalg_lu.default,               lambda g,y,a,pivot: lu_back(g[1], g[2
 rule(aten.linalg_lu_factor_ex.default,     lu_factor_back)
 rule(aten.lu_unpack.default,               lu_unpack_back, None)
 
-# %% ../nbs/11_rules.ipynb #3991d398
+# %% ../nbs/11_rules.ipynb #d2aa1b42
 def over(x, gap):
     "x/gap; nothing stays nothing, also where there is no gap."
     return x/torch.where((x == 0) & (gap == 0), 1, gap)
@@ -1094,7 +1126,7 @@ rule(aten._linalg_eigh.default,            eigh_back)
 rule(aten.linalg_eig.default,              eig_back)
 rule(aten._linalg_svd.default,             svd_back)
 
-# %% ../nbs/11_rules.ipynb #296a527b
+# %% ../nbs/11_rules.ipynb #3294c51c
 def pinv_back(g, p, a):
     "Golub and Pereyra (1973), eq. 4.12."
     unreached,unseen = eye(a.shape[-2], a) - a @ p,eye(a.shape[-1], a) - p @ a
@@ -1132,7 +1164,7 @@ rule(aten._fft_c2r.default,             c2r_back)
 def constant(names:str):
     "Rows for operators without a derivative."
     for name in names.split():
-        for o in overloads(getattr(aten, name)): RULES[o] = Rule([None]*len(o._schema.arguments), [])
+        for o in overloads(getattr(aten, name)): RULES[o] = Rule(o, [None]*len(o._schema.arguments), [])
 
 constant("""detach lift_fresh
     eq ne lt le gt ge equal isclose isnan isinf isfinite isposinf isneginf signbit is_same_size is_nonzero isin any all

@@ -5,7 +5,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 from miniai.autograd import Tape, engine, gradcheck, stop_gradient, value_and_grad, vjp
-from miniai.rules import RULES, Plan, aten, reads, rule
+from miniai.rules import RULES, Reads, aten, reads, rule
 
 def normal(*size, seed=0, dtype=torch.float64): return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -424,10 +424,10 @@ def test_gradcheck_looks_at_second_derivatives():
     with pytest.raises(ValueError, match='second derivative of input 0'): gradcheck(square, [normal(4)])
 
 def test_what_a_rule_reads():
-    assert reads(lambda g,y,a,b: g*b) == Plan({1: 'value'}, None, 2, True)
-    assert reads(lambda g,y,a: g.expand(a.shape)) == Plan({0: 'like'}, None, 1, False)
-    assert reads(lambda g,y,a: g[0]*y[1]) == Plan({}, {1}, 1, True)
-    assert reads(lambda g,y,a: (lambda z: z*a)(g)) == Plan({0: 'value'}, None, 1, True)
+    assert reads(lambda g,y,a,b: g*b) == Reads({1: 'value'}, None, 2)
+    assert reads(lambda g,y,a: g.expand(a.shape)) == Reads({0: 'like'}, None, 1)
+    assert reads(lambda g,y,a: g[0]*y[1]) == Reads({}, {1}, 1)
+    assert reads(lambda g,y,a: (lambda z: z*a)(g)) == Reads({0: 'value'}, None, 1)
 
 # -- memory and time
 
@@ -449,7 +449,7 @@ def test_values_are_let_go_as_the_walk_passes_them():
         y = x
         for _ in range(5): y = spy(y).exp()*1e-3
         y = y.sum()
-    kept = [weakref.ref(k.x) for n in tape.nodes() if str(n.op) == 'aten.exp.default' for k in n.y]
+    kept = [weakref.ref(x) for n in tape.nodes() if str(n.rule.op) == 'aten.exp.default' for x in n.y]
     assert len(kept) == 5
     tape.gradient(y, [x])
     assert left == [4, 3, 2, 1, 0]

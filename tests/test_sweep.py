@@ -59,7 +59,7 @@ def test_the_formula_says_what_the_kernel_says(name):
     for f,old in zip(fs, plain.fs, strict=True):
         if f: f.reads = reads(old)
     try:
-        RULES[op] = type(right)(fs, right.inputs)
+        RULES[op] = type(right)(op, fs, right.inputs)
         RULES[op].inputs = right.inputs
         info = next(i for i in sweep.op_db if i.name == name)
         for k,s in enumerate(sweep.samples_of(info)):
