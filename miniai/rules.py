@@ -11,20 +11,24 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more',
-           'merged', 'Keeps', 'conj', 'times', 'slope', 'within', 'at_least', 'at_most', 'turn', 'real', 'flat', 'tie',
-           'same_div', 'unknown', 'put_back', 'inverse', 'blank', 'uncat', 'unrepeat', 'unfold_back', 'strided_back',
-           'extent', 'listed', 'spread', 'size', 'centred', 'freedom', 'std_back', 'evenly', 'first', 'pick_back',
-           'finite', 'others', 'prod_back', 'cumprod_back', 'logcumsumexp_back', 'norm_back', 'rows', 'matmul_a',
-           'matmul_b', 'linear_x', 'linear_w', 'index_back', 'zero_at', 'flat_at', 'at_index', 'within_shape',
-           'like_rows', 'reduce_back', 'unmask', 'bn_back', 'conv_back', 'ln_back', 'gn_back', 'attention_back',
-           'mean_of', 'knee', 'bag_back', 'renorm_back', 'ctc_back', 'plain', 'each', 'conv_x', 'conv_w', 'over',
-           'unnorm', 'norm', 'channels', 'bn_x', 'bn_w', 'total', 'ln_dims', 'ln_w', 'gn_x', 'gn_w', 'gelu_slope',
-           'attention', 'attention_s', 'root', 'nll_back', 'sym', 'skew', 'T', 'solve_H', 'det_back', 'slogdet_back',
-           'cholesky_back', 'eigh_back', 'eig_back', 'svd_back', 'qr_back', 'matrix_exp_back', 'solve_back',
-           'triangular_back', 'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back', 'pinv_back',
-           'lstsq_back', 'lu_factor_back', 'lu_back', 'lu_solve_back', 'padded', 'c2r_back', 'constant', 'parts',
-           'cast', 'convolve', 'cross_entropy', 'pairs', 'trilinear']
+__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'Rule', 'rule', 'overloads', 'tensors',
+           'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times', 'slope', 'unless', 'at_least', 'at_most', 'flat',
+           'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat',
+           'unrepeat', 'put_back', 'blank', 'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread',
+           'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back',
+           'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x',
+           'linear_w', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back',
+           'product_weights', 'index_reduce_back', 'conv_back', 'batch_norm_back', 'batch_norm_update_back',
+           'layer_norm_back', 'group_norm_back', 'attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint',
+           'shapes', 'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w',
+           'but_channels', 'norm', 'unnorm', 'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x',
+           'batch_norm_w', 'group_norm_x', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope', 'glu_back',
+           'embedding_back', 'place', 'nll_back', 'half', 'less', 'solve_back', 'triangular_back',
+           'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back', 'lu_solve_back', 'diagonal',
+           'det_back', 'slogdet_back', 'matrix_exp_back', 'eye', 'cholesky_back', 'qr_back', 'lu_back',
+           'lu_factor_back', 'lu_unpack_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back',
+           'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy',
+           'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -179,190 +183,167 @@ def slope(op, *ds):
     "A row for an elementwise operator: for each input `d(y, *args)` gives dy/dinput."
     rule(op, *[d and times(d) for d in ds])
 
+def unless(corner, x):
+    "`x`, and 0 at the corners, where the formula has no value."
+    return torch.where(corner, 0, x)
+
 # %% ../nbs/11_rules.ipynb #4f7a858d
-#     y = op(a)                                  dy/da
-slope(aten.exp.default,                          lambda y: y)
-slope(aten.exp2.default,                         lambda y: y*math.log(2))
-slope(aten.expm1.default,                        lambda y: y+1)
-slope(aten.log.default,                          lambda y,a: 1/a)
-slope(aten.log2.default,                         lambda y,a: 1/(a*math.log(2)))
-slope(aten.log10.default,                        lambda y,a: 1/(a*math.log(10)))
-slope(aten.log1p.default,                        lambda y,a: 1/(1+a))
-slope(aten.sqrt.default,                         lambda y: .5/y)
-slope(aten.rsqrt.default,                        lambda y: -.5*y**3)
-slope(aten.reciprocal.default,                   lambda y: -y*y)
-slope(aten.sin.default,                          lambda y,a: a.cos())
-slope(aten.cos.default,                          lambda y,a: -a.sin())
-slope(aten.tan.default,                          lambda y: 1+y*y)
-slope(aten.asin.default,                         lambda y,a: (1-a*a).rsqrt())
-slope(aten.acos.default,                         lambda y,a: -(1-a*a).rsqrt())
-slope(aten.atan.default,                         lambda y,a: 1/(1+a*a))
-slope(aten.sinh.default,                         lambda y,a: a.cosh())
-slope(aten.cosh.default,                         lambda y,a: a.sinh())
-slope(aten.tanh.default,                         lambda y: 1-y*y)
-slope(aten.asinh.default,                        lambda y,a: (1+a*a).rsqrt())
-slope(aten.acosh.default,                        lambda y,a: (a-1).rsqrt()*(a+1).rsqrt())
-slope(aten.atanh.default,                        lambda y,a: 1/(1-a*a))
-slope(aten.sigmoid.default,                      lambda y: y*(1-y))
-slope(aten.silu.default,                         lambda y,a: (s := a.sigmoid())*(1+a*(1-s)))
-slope(aten.logit.default,                        lambda y,a,eps: torch.where(within(a, eps), 1/(a*(1-a)), 0))
-slope(aten.sinc.default,                         lambda y,a: torch.where(a == 0, 0, ((math.pi*a).cos() - y)/a))
-slope(aten.erf.default,                          lambda y,a: 2/math.sqrt(math.pi)*(-a*a).exp())
-slope(aten.erfc.default,                         lambda y,a: -2/math.sqrt(math.pi)*(-a*a).exp())
-slope(aten.erfinv.default,                       lambda y: math.sqrt(math.pi)/2*(y*y).exp())
-slope(aten.special_erfcx.default,                lambda y,a: 2*a*y - 2/math.sqrt(math.pi))
-slope(aten.special_ndtri.default,                lambda y: math.sqrt(2*math.pi)*(y*y/2).exp())
-slope(aten.special_log_ndtr.default,             lambda y,a: (-a*a/2 - y).exp()/math.sqrt(2*math.pi))
-slope(aten.special_entr.default,                 lambda y,a: -a.log()-1)
-slope(aten.lgamma.default,                       lambda y,a: a.digamma())
-slope(aten.digamma.default,                      lambda y,a: torch.polygamma(1, a))
-slope(aten.polygamma.default,                    None, lambda y,n,a: torch.polygamma(n+1, a))
-slope(aten.i0.default,                           lambda y,a: torch.special.i1(a))
-slope(aten.special_i0e.default,                  lambda y,a: torch.special.i1e(a) - a.sgn()*y)
-slope(aten.special_i1.default,                   lambda y,a: torch.where(a == 0, .5, torch.special.i0(a) - y/a))
-slope(aten.special_i1e.default,                  lambda y,a: torch.where(a == 0, .5, torch.special.i0e(a) - y*(a.sgn() + 1/a)))
-slope((aten.deg2rad.default,),                   lambda y: math.pi/180)
-slope((aten.rad2deg.default,),                   lambda y: 180/math.pi)
+#     y = op(a)                         dy/da
+slope(aten.neg.default,                 lambda y: -1)
+slope(aten.deg2rad.default,             lambda y: math.pi/180)
+slope(aten.rad2deg.default,             lambda y: 180/math.pi)
+slope(aten.reciprocal.default,          lambda y: -y*y)
+slope(aten.sqrt.default,                lambda y: .5/y)
+slope(aten.rsqrt.default,               lambda y: -.5*y**3)
+slope(aten.exp.default,                 lambda y: y)
+slope(aten.exp2.default,                lambda y: y*math.log(2))
+slope(aten.expm1.default,               lambda y: y+1)
+slope(aten.log.default,                 lambda y,a: 1/a)
+slope(aten.log2.default,                lambda y,a: 1/(a*math.log(2)))
+slope(aten.log10.default,               lambda y,a: 1/(a*math.log(10)))
+slope(aten.log1p.default,               lambda y,a: 1/(1+a))
+slope(aten.sin.default,                 lambda y,a: a.cos())
+slope(aten.cos.default,                 lambda y,a: -a.sin())
+slope(aten.tan.default,                 lambda y: 1+y*y)
+slope(aten.asin.default,                lambda y,a: (1-a*a).rsqrt())
+slope(aten.acos.default,                lambda y,a: -(1-a*a).rsqrt())
+slope(aten.atan.default,                lambda y,a: 1/(1+a*a))
+slope(aten.sinh.default,                lambda y,a: a.cosh())
+slope(aten.cosh.default,                lambda y,a: a.sinh())
+slope(aten.tanh.default,                lambda y: 1-y*y)
+slope(aten.asinh.default,               lambda y,a: (1+a*a).rsqrt())
+slope(aten.acosh.default,               lambda y,a: (a-1).rsqrt()*(a+1).rsqrt())
+slope(aten.atanh.default,               lambda y,a: 1/(1-a*a))
+slope(aten.sigmoid.default,             lambda y: y*(1-y))
+slope(aten.silu.default,                lambda y,a: (s := a.sigmoid())*(1+a*(1-s)))
+slope(aten.mish.default,                lambda y,a: (t := torch.nn.functional.softplus(a).tanh()) + a*a.sigmoid()*(1-t*t))
+slope(aten.erf.default,                 lambda y,a: 2/math.sqrt(math.pi)*(-a*a).exp())
+slope(aten.erfc.default,                lambda y,a: -2/math.sqrt(math.pi)*(-a*a).exp())
+slope(aten.erfinv.default,              lambda y: math.sqrt(math.pi)/2*(y*y).exp())
+slope(aten.special_erfcx.default,       lambda y,a: 2*a*y - 2/math.sqrt(math.pi))
+slope(aten.special_ndtri.default,       lambda y: math.sqrt(2*math.pi)*(y*y/2).exp())
+slope(aten.special_log_ndtr.default,    lambda y,a: (-a*a/2 - y).exp()/math.sqrt(2*math.pi))
+slope(aten.special_entr.default,        lambda y,a: -a.log()-1)
+slope(aten.lgamma.default,              lambda y,a: a.digamma())
+slope(aten.digamma.default,             lambda y,a: torch.polygamma(1, a))
+slope(aten.polygamma.default,           None, lambda y,n,a: torch.polygamma(n+1, a))
+slope(aten.i0.default,                  lambda y,a: torch.special.i1(a))
+slope(aten.special_i0e.default,         lambda y,a: torch.special.i1e(a) - a.sgn()*y)
+slope(aten.special_i1.default,          lambda y,a: torch.where(a == 0, .5, torch.special.i0(a) - y/a))
+slope(aten.special_i1e.default,         lambda y,a: torch.where(a == 0, .5, torch.special.i0e(a) - y*(a.sgn() + 1/a)))
 
 # %% ../nbs/11_rules.ipynb #530bbd81
-def within(a, eps): return torch.ones_like(a, dtype=torch.bool) if eps is None else (a >= eps) & (a <= 1-eps)
 def at_least(a, lo): return True if lo is None else a >= lo
 def at_most(a, hi):  return True if hi is None else a <= hi
 
-#     y = op(a, ...)                             dy/da
-slope(aten.hardtanh.default,                     lambda y,a,lo,hi: (a > lo) & (a < hi))
-slope(aten.hardsigmoid.default,                  lambda y,a: ((a > -3) & (a < 3))/6)
-slope(aten.hardswish.default,                    lambda y,a: torch.where(a <= -3, 0, torch.where(a < 3, a/3+.5, 1)))
-slope(aten.hardshrink.default,                   lambda y,a,cut: (a < -cut) | (a > cut))
-slope(aten.softshrink.default,                   lambda y,a,cut: (a < -cut) | (a > cut))
-slope(aten.threshold.default,                    lambda y,a,cut: a > cut)
-slope(aten.leaky_relu.default,                   lambda y,a,low: torch.where(a > 0, 1, low))
-slope(aten._prelu_kernel.default,                lambda y,a,w: torch.where(a > 0, 1, w), lambda y,a: torch.where(a > 0, 0, a))
-slope(aten.softplus.default,                     lambda y,a,beta,cut: torch.where(a*beta > cut, 1, (a*beta).sigmoid()))
-slope(aten.elu.default,                          lambda y,a,alpha,scale,inner: scale*torch.where(a > 0, 1, alpha*inner*(a*inner).exp()))
-slope(aten.mish.default,                         lambda y,a: (t := torch.nn.functional.softplus(a).tanh()) + a*a.sigmoid()*(1-t*t))
-slope(aten.clamp.default,                        lambda y,a,lo,hi: at_least(a, lo) & at_most(a, hi))
-slope(aten.clamp_min.default,                    lambda y,a,lo: a >= lo)
-slope(aten.clamp_max.default,                    lambda y,a,hi: a <= hi)
-slope(aten.nan_to_num.default,                   lambda y,a: a.isfinite())
-slope(aten.frac.default,                         lambda y: 1)
-rule(aten.frexp.Tensor,                          lambda g,y: g[0]*(-y[1]).exp2())
-rule(aten.neg.default,                           lambda g,y: -g)
-rule(aten.abs.default,                           lambda g,y,a: g*a.sgn())
-rule(aten.log_sigmoid_forward.default,           lambda g,y,a: g[0]*(-a).sigmoid())
-rule((aten.floor, aten.ceil, aten.round, aten.trunc, aten.sign), lambda g,y: torch.zeros_like(g))
-rule(aten.sgn.default,                           lambda g,y,a: turn(g, y, a) if a.is_complex() else torch.zeros_like(g))
-rule(aten.angle.default,                         lambda g,y,a: torch.where(a == 0, 0, g*1j*a/(a.abs()**2)) if a.is_complex() else torch.zeros_like(g))
+#     y = op(a, ...)                    dy/da
+slope(aten.hardtanh.default,            lambda y,a,lo,hi: (a > lo) & (a < hi))
+slope(aten.hardsigmoid.default,         lambda y,a: ((a > -3) & (a < 3))/6)
+slope(aten.hardswish.default,           lambda y,a: torch.where(a < 3, unless(a <= -3, a/3 + .5), 1))
+slope(aten.hardshrink.default,          lambda y,a,cut: a.abs() > cut)
+slope(aten.softshrink.default,          lambda y,a,cut: a.abs() > cut)
+slope(aten.threshold.default,           lambda y,a,cut: a > cut)
+slope(aten.leaky_relu.default,          lambda y,a,low: torch.where(a > 0, 1, low))
+slope(aten._prelu_kernel.default,       lambda y,a,w: torch.where(a > 0, 1, w), lambda y,a: unless(a > 0, a))
+slope(aten.elu.default,                 lambda y,a,low,scale,inner: scale*torch.where(a > 0, 1, low*inner*(a*inner).exp()))
+slope(aten.softplus.default,            lambda y,a,beta,cut: torch.where(a*beta > cut, 1, (a*beta).sigmoid()))
+slope(aten.clamp.default,               lambda y,a,lo,hi: at_least(a, lo) & at_most(a, hi))
+slope(aten.clamp_min.default,           lambda y,a,lo: a >= lo)
+slope(aten.clamp_max.default,           lambda y,a,hi: a <= hi)
+slope(aten.logit.default,               lambda y,a,eps: 1/(a*(1-a)) if eps is None else unless((a < eps) | (a > 1-eps), 1/(a*(1-a))))
+slope(aten.sinc.default,                lambda y,a: unless(a == 0, ((math.pi*a).cos() - y)/a))
+slope(aten.nan_to_num.default,          lambda y,a: a.isfinite())
+slope(aten.frac.default,                lambda y: 1)
+
+# %% ../nbs/11_rules.ipynb #5fb2cc42
+def flat(y): return torch.zeros_like(y)
 
 def turn(g, y, a):
     "Of a complex number's sign only the angle moves."
-    return torch.where(a == 0, 0, (g - y*(y.conj()*g).real)/a.abs())
+    return unless(a == 0, (g - y*(y.conj()*g).real)/a.abs())
+
+#    y = op(a)                          dL/da
+rule((aten.floor, aten.ceil, aten.round, aten.trunc, aten.sign), lambda g,y: flat(g))
+rule(aten.abs.default,                  lambda g,y,a: g*a.sgn())
+rule(aten.sgn.default,                  lambda g,y,a: turn(g, y, a) if a.is_complex() else flat(g))
+rule(aten.angle.default,                lambda g,y,a: unless(a == 0, g*1j*a/a.abs()**2) if a.is_complex() else flat(g))
+rule(aten.frexp.Tensor,                 lambda g,y: g[0]*(-y[1].to(g[0].dtype)).exp2())
+rule(aten.log_sigmoid_forward.default,  lambda g,y,a: g[0]*(-a).sigmoid())
 
 # %% ../nbs/11_rules.ipynb #f45aaeb7
 def real(x): return x.real if isinstance(x, complex) or isinstance(x, Tensor) and x.is_complex() else x
-def flat(y): return torch.zeros_like(y)
-def tie(more, equal): return more + .5*equal
-def same_div(d): return lambda y,a,b,rounding_mode: d(a, b) if rounding_mode is None else flat(a)
+def tie(more, equal):    return more + .5*equal
+def scaled(g, k):        return g if k == 1 else g*conj(k)
+def at_zero(a, b):       return (a == 0) & (real(b) >= 0)
+def gamma_density(a, b): return ((a-1)*b.log() - b - a.lgamma()).exp()
+def log(x, like):
+    "The logarithm of a number, in the precision of a tensor."
+    return torch.tensor(x, dtype=like.dtype).log()
 def unknown(name): raise NotImplementedError(f'aten.{name}, input 0: this derivative has no formula; detach() that input')
 
-#     y = op(a, b)                               dL/da or dy/da                                dL/db or dy/db
-rule((aten.add.Tensor, aten.add.Scalar),         lambda g,y: g,                                lambda g,y,a,b,alpha: g*conj(alpha))
-rule((aten.sub.Tensor, aten.sub.Scalar),         lambda g,y: g,                                lambda g,y,a,b,alpha: -g*conj(alpha))
-rule((aten.rsub.Tensor, aten.rsub.Scalar),       lambda g,y,a,b,alpha: -g*conj(alpha),         lambda g,y: g)
-slope((aten.mul.Tensor, aten.mul.Scalar),        lambda y,a,b: b,                              lambda y,a: a)
-slope((aten.div.Tensor, aten.div.Scalar),        lambda y,a,b: 1/b,                            lambda y,a,b: -a/b/b)
-slope((aten.div.Tensor_mode, aten.div.Scalar_mode), lambda y,a,b,mode: 1/b if mode is None else 0/b, lambda y,a,b,mode: -a/b/b if mode is None else 0/b)
-slope(aten.pow.Tensor_Scalar,                    lambda y,a,b: b*a**(b-1) if b else flat(a))
-slope(aten.pow.Tensor_Tensor,                    lambda y,a,b: torch.where(b == 0, 0, b*a**(b-1)), lambda y,a,b: torch.where((a == 0) & (real(b) >= 0), 0, y*a.log()))
-slope(aten.pow.Scalar,                           None,                                         lambda y,a,b: torch.where((real(b) >= 0) & (a == 0), 0, y*torch.tensor(a).log()))
-slope(aten.maximum.default,                      lambda y,a,b: tie(a > b, a == b),             lambda y,a,b: tie(b > a, a == b))
-slope(aten.minimum.default,                      lambda y,a,b: tie(a < b, a == b),             lambda y,a,b: tie(b < a, a == b))
-slope(aten.fmax.default,                         lambda y,a,b: (a >= b) | b.isnan(),           lambda y,a,b: ~((a >= b) | b.isnan()))
-slope(aten.fmin.default,                         lambda y,a,b: (a <= b) | b.isnan(),           lambda y,a,b: ~((a <= b) | b.isnan()))
-slope(aten.nextafter.default,                    lambda y: 1,                                  lambda y: flat(y))
-slope(aten.atan2.default,                        lambda y,a,b: b/(a*a+b*b),                    lambda y,a,b: -a/(a*a+b*b))
-slope(aten.hypot.default,                        lambda y,a: a/y,                              lambda y,a,b: b/y)
-slope((aten.fmod.Tensor, aten.fmod.Scalar),      lambda y: 1,                                  lambda y,a,b: -(a/b).trunc())
-slope((aten.remainder.Tensor, aten.remainder.Scalar), lambda y: 1,                             lambda y,a,b: -(a/b).floor())
-slope(aten.copysign.Tensor,                      lambda y,a: torch.where(a == 0, 0, y/a),      lambda y: flat(y))
-slope(aten.copysign.Scalar,                      lambda y,a: torch.where(a == 0, 0, y/a))
-slope(aten.logaddexp.default,                    lambda y,a: (a-y).exp(),                      lambda y,a,b: (b-y).exp())
-slope(aten.logaddexp2.default,                   lambda y,a: (a-y).exp2(),                     lambda y,a,b: (b-y).exp2())
-slope(aten.xlogy.Tensor,                         lambda y,a,b: torch.where((a == 0) & (b <= 0), 0, b.log()), lambda y,a,b: torch.where((a == 0) & ~b.isnan(), 0, a/b))
-slope(aten.xlogy.Scalar_Other,                   lambda y,a,b: torch.where((a == 0) & (b <= 0), 0, torch.tensor(b).log()))
-slope(aten.xlogy.Scalar_Self,                    None,                                         lambda y,a,b: a/b)
-slope(aten.special_xlog1py.default,              lambda y,a,b: torch.where((a == 0) & (b <= -1), 0, b.log1p()), lambda y,a,b: torch.where((a == 0) & ~b.isnan(), 0, a/(b+1)))
-slope(aten.special_zeta.default,                 lambda y: unknown('special_zeta'),            lambda y,a,b: -a*torch.special.zeta(a+1, b))
-slope(aten.igamma.default,                       lambda y: unknown('igamma'),                  lambda y,a,b: ((a-1)*b.log() - b - a.lgamma()).exp())
-slope(aten.igammac.default,                      lambda y: unknown('igammac'),                 lambda y,a,b: -((a-1)*b.log() - b - a.lgamma()).exp())
-rule(aten.where.self,                            None, lambda g,y,c: torch.where(c, g, 0),     lambda g,y,c: torch.where(c, 0, g))
-slope((aten.lerp.Scalar, aten.lerp.Tensor),      lambda y,a,b,w: 1-w,                          lambda y,a,b,w: w,                 lambda y,a,b: b-a)
-slope(aten.addcmul.default,                      lambda y: 1, lambda y,a,b,c,k: k*c,           lambda y,a,b,c,k: k*b)
-slope(aten.addcdiv.default,                      lambda y: 1, lambda y,a,b,c,k: k/c,           lambda y,a,b,c,k: -k*b/c/c)
-slope(aten.clamp.Tensor,                         lambda y,a,lo,hi: at_least(a, lo) & at_most(a, hi), lambda y,a,lo,hi: (a < lo) & at_least(hi, lo) if hi is not None else a < lo,
-                                                                                               lambda y,a,lo,hi: (a > hi) | (lo > hi) if lo is not None else a > hi)
-slope(aten.clamp_min.Tensor,                     lambda y,a,lo: a >= lo,                       lambda y,a,lo: a < lo)
-slope(aten.clamp_max.Tensor,                     lambda y,a,hi: a <= hi,                       lambda y,a,hi: a > hi)
+#    y = op(a, b)                       dL/da                                           dL/db
+rule((aten.add.Tensor, aten.add.Scalar),
+                                        lambda g,y: g,                                  lambda g,y,a,b,alpha: scaled(g, alpha))
+rule((aten.sub.Tensor, aten.sub.Scalar),
+                                        lambda g,y: g,                                  lambda g,y,a,b,alpha: -scaled(g, alpha))
+rule((aten.rsub.Tensor, aten.rsub.Scalar),
+                                        lambda g,y,a,b,alpha: -scaled(g, alpha),        lambda g,y: g)
+rule(aten.where.self,                   None, lambda g,y,c: torch.where(c, g, 0),       lambda g,y,c: torch.where(c, 0, g))
+#     y = op(a, b)                      dy/da                                           dy/db
+slope((aten.mul.Tensor, aten.mul.Scalar),
+                                        lambda y,a,b: b,                                lambda y,a: a)
+slope((aten.div.Tensor, aten.div.Scalar),
+                                        lambda y,a,b: 1/b,                              lambda y,a,b: -a/b/b)
+slope((aten.div.Tensor_mode, aten.div.Scalar_mode),
+                                        lambda y,a,b,mode: 0 if mode else 1/b,          lambda y,a,b,mode: 0 if mode else -a/b/b)
+slope((aten.fmod.Tensor, aten.fmod.Scalar),
+                                        lambda y: 1,                                    lambda y,a,b: -(a/b).trunc())
+slope((aten.remainder.Tensor, aten.remainder.Scalar),
+                                        lambda y: 1,                                    lambda y,a,b: -(a/b).floor())
+slope(aten.pow.Tensor_Scalar,           lambda y,a,b: b*a**(b-1) if b else 0)
+slope(aten.pow.Scalar,                  None,                                           lambda y,a,b: unless(at_zero(a, b), y*log(a, y)))
+slope(aten.pow.Tensor_Tensor,           lambda y,a,b: unless(b == 0, b*a**(b-1)),       lambda y,a,b: unless(at_zero(a, b), y*a.log()))
+slope(aten.atan2.default,               lambda y,a,b: b/(a*a+b*b),                      lambda y,a,b: -a/(a*a+b*b))
+slope(aten.hypot.default,               lambda y,a: a/y,                                lambda y,a,b: b/y)
+slope(aten.logaddexp.default,           lambda y,a,b: (a-b).sigmoid(),                  lambda y,a,b: (b-a).sigmoid())
+slope(aten.logaddexp2.default,          lambda y,a,b: ((a-b)*math.log(2)).sigmoid(),    lambda y,a,b: ((b-a)*math.log(2)).sigmoid())
+slope(aten.xlogy.Scalar_Self,           None,                                           lambda y,a,b: a/b)
+slope(aten.xlogy.Scalar_Other,          lambda y,a,b: unless((a == 0) & (b <= 0), log(b, a)))
+slope(aten.xlogy.Tensor,                lambda y,a,b: unless((a == 0) & (b <= 0), b.log()),
+                                                                                        lambda y,a,b: unless((a == 0) & (b == 0), a/b))
+slope(aten.special_xlog1py.default,     lambda y,a,b: unless((a == 0) & (b <= -1), b.log1p()),
+                                                                                        lambda y,a,b: unless((a == 0) & (b == -1), a/(b+1)))
+slope(aten.maximum.default,             lambda y,a,b: tie(a > b, a == b),               lambda y,a,b: tie(b > a, a == b))
+slope(aten.minimum.default,             lambda y,a,b: tie(a < b, a == b),               lambda y,a,b: tie(b < a, a == b))
+slope(aten.fmax.default,                lambda y,a,b: (a >= b) | b.isnan(),             lambda y,a,b: ~((a >= b) | b.isnan()))
+slope(aten.fmin.default,                lambda y,a,b: (a <= b) | b.isnan(),             lambda y,a,b: ~((a <= b) | b.isnan()))
+slope(aten.clamp_min.Tensor,            lambda y,a,lo: a >= lo,                         lambda y,a,lo: a < lo)
+slope(aten.clamp_max.Tensor,            lambda y,a,hi: a <= hi,                         lambda y,a,hi: a > hi)
+slope(aten.copysign.Tensor,             lambda y,a: unless(a == 0, y/a),                lambda y: 0)
+slope(aten.copysign.Scalar,             lambda y,a: unless(a == 0, y/a))
+slope(aten.nextafter.default,           lambda y: 1,                                    lambda y: 0)
+slope(aten.special_zeta.default,        lambda y: unknown('special_zeta'),              lambda y,a,b: -a*torch.special.zeta(a+1, b))
+slope(aten.igamma.default,              lambda y: unknown('igamma'),                    lambda y,a,b: gamma_density(a, b))
+slope(aten.igammac.default,             lambda y: unknown('igammac'),                   lambda y,a,b: -gamma_density(a, b))
+#     y = op(a, b, c)                   dy/da                       dy/db                       dy/dc
+slope((aten.lerp.Scalar, aten.lerp.Tensor),
+                                        lambda y,a,b,w: 1-w,        lambda y,a,b,w: w,          lambda y,a,b: b-a)
+slope(aten.addcmul.default,             lambda y: 1,                lambda y,a,b,c,k: k*c,      lambda y,a,b,c,k: k*b)
+slope(aten.addcdiv.default,             lambda y: 1,                lambda y,a,b,c,k: k/c,      lambda y,a,b,c,k: -k*b/c/c)
+slope(aten.clamp.Tensor,                lambda y,a,lo,hi: at_least(a, lo) & at_most(a, hi),
+                                        lambda y,a,lo,hi: (a < lo) & (hi is None or lo < hi),
+                                        lambda y,a,lo,hi: (a > hi) | (lo is not None and lo > hi))
 
 # %% ../nbs/11_rules.ipynb #b8263f3d
-def put_back(g, shape, see):
-    "Zeros of `shape`, with `g` at what `see` sees of them."
-    z = g.new_zeros(shape)
-    see(z).copy_(g)
-    return z
-
-def inverse(dims): return [d % len(dims) for d in dims] and torch.tensor([d % len(dims) for d in dims]).argsort().tolist()
-
-#    y = op(a, ...)                              dL/da
-rule(aten.alias.default,                         lambda g,y: g)
-rule(aten.clone.default,                         lambda g,y: g)
-rule(aten._to_copy.default,                      lambda g,y: g)
-rule((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default, aten.flatten.using_ints), lambda g,y,a: g.reshape(a.shape))
-rule(aten.expand.default,                        lambda g,y: g)
-rule(aten.t.default,                             lambda g,y: g.t())
-rule(aten.transpose.int,                         lambda g,y,a,i,j: g.transpose(i, j))
-rule(aten.permute.default,                       lambda g,y,a,dims: g.permute(inverse(dims)))
-rule(aten.unsqueeze.default,                     lambda g,y,a: g.reshape(a.shape))
-rule((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), lambda g,y,a: g.reshape(a.shape))
-rule(aten.flip.default,                          lambda g,y,a,dims: g.flip(dims))
-rule(aten.roll.default,                          lambda g,y,a,by,dims: g.roll([-i for i in by], dims))
-rule(aten.rot90.default,                         lambda g,y,a,k,dims: g.rot90(-k, dims))
-rule(aten.tril.default,                          lambda g,y,a,k: g.tril(k))
-rule(aten.triu.default,                          lambda g,y,a,k: g.triu(k))
-rule(aten.select.int,                            lambda g,y,a,d,i: put_back(g, a.shape, lambda z: z.select(d, i)))
-rule(aten.slice.Tensor,                          lambda g,y,a,d,i,j,step: put_back(g, a.shape, lambda z: aten.slice.Tensor(z, d, i, j, step)))
-rule(aten.diagonal.default,                      lambda g,y,a,k,i,j: put_back(g, a.shape, lambda z: z.diagonal(k, i, j)))
-rule(aten.unfold.default,                        lambda g,y,a,d,size,step: unfold_back(g, a.shape, d, size, step))
-rule(aten.as_strided.default,                    lambda g,y,a,size,stride,at: strided_back(g, a, size, stride, at))
-rule((aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default), lambda g,y,a,n,d: torch.cat(list(g), d))
-rule(aten.unbind.int,                            lambda g,y,a,d: torch.stack(list(g), d))
-rule(aten.cat.default,                           lambda g,y,xs,d: uncat(g, xs, d))
-rule(aten.stack.default,                         lambda g,y,xs,d: g.unbind(d))
-rule(aten.repeat.default,                        lambda g,y,a,times: unrepeat(g, a.shape, times))
-rule(aten.constant_pad_nd.default,               lambda g,y,a,pad: torch.nn.functional.pad(g, [-i for i in pad]))
-rule(aten.select_scatter.default,                lambda g,y,a,b,d,i: blank(g, lambda z: z.select(d, i)), lambda g,y,a,b,d,i: g.select(d, i))
-rule(aten.slice_scatter.default,                 lambda g,y,a,b,d,i,j,step: blank(g, lambda z: aten.slice.Tensor(z, d, i, j, step)), lambda g,y,a,b,d,i,j,step: aten.slice.Tensor(g, d, i, j, step))
-rule(aten.diagonal_scatter.default,              lambda g,y,a,b,k,i,j: blank(g, lambda z: z.diagonal(k, i, j)), lambda g,y,a,b,k,i,j: g.diagonal(k, i, j))
-rule(aten.as_strided_scatter.default,            lambda g,y,a,b,size,stride,at: blank(g.contiguous(), lambda z: z.as_strided(size, stride, at)), lambda g,y,a,b,size,stride,at: g.contiguous().as_strided(size, stride, at).reshape(b.shape))
-rule(aten.copy.default,                          None,                                         lambda g,y: g)
-rule((aten.fill.Scalar, aten.zero.default),      None)
-rule(aten.fill.Tensor,                           None,                                         lambda g,y: g.sum())
-rule(aten.complex.default,                       lambda g,y: g.real,                           lambda g,y: g.imag)
-rule(aten.polar.default,                         lambda g,y,r,t: (g*torch.polar(torch.ones_like(r), t).conj()).real, lambda g,y: (g*(1j*y).conj()).real)
-rule(aten.view_as_real.default,                  lambda g,y: torch.view_as_complex(g.contiguous()))
-rule(aten.view_as_complex.default,               lambda g,y: torch.view_as_real(g.resolve_conj()))
-rule((aten._conj.default, aten._conj_physical.default), lambda g,y: g.conj())
-rule((aten._neg_view.default,),                  lambda g,y: -g)
-
-def blank(g, see):
-    "`g` with zeros at what `see` sees of it."
-    g = g.clone()
-    see(g).zero_()
-    return g
+def inverse(dims):
+    "The permutation back."
+    return sorted(range(len(dims)), key=lambda i: dims[i] % len(dims))
 
 def uncat(g, xs, d):
-    "The parts of `g` that belong to each of `xs`."
-    return [p if x.shape != (0,) else p.new_zeros(0) for x,p in zip(xs, g.split([0 if x.shape == (0,) and g.ndim > 1 else x.shape[d] for x in xs], d), strict=True)]
+    "The parts of `g` that belong to each of `xs`; a tensor of shape (0,) may be among others of any shape."
+    def empty(x): return x.shape == (0,) and g.ndim > 1
+    parts = g.split([0 if empty(x) else x.shape[d] for x in xs], d)
+    return [g.new_zeros(0) if empty(x) else p for x,p in zip(xs, parts, strict=True)]
 
 def unrepeat(g, shape, times):
     "The sum over the copies."
@@ -371,93 +352,162 @@ def unrepeat(g, shape, times):
     for d,(k,n) in enumerate(zip(times[extra:], shape, strict=True)): g = g.unflatten(d, (k, n)).sum(d)
     return g
 
+# %% ../nbs/11_rules.ipynb #b449c8eb
+#    y = op(a, ...)                     dL/da
+rule((aten.alias.default, aten.clone.default, aten._to_copy.default, aten.expand.default),
+                                        lambda g,y: g)
+rule((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default, aten.flatten.using_ints,
+      aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+                                        lambda g,y,a: g.reshape(a.shape))
+rule(aten.t.default,                    lambda g,y: g.t())
+rule(aten.transpose.int,                lambda g,y,a,i,j: g.transpose(i, j))
+rule(aten.permute.default,              lambda g,y,a,dims: g.permute(inverse(dims)))
+rule(aten.flip.default,                 lambda g,y,a,dims: g.flip(dims))
+rule(aten.roll.default,                 lambda g,y,a,by,dims: g.roll([-i for i in by], dims))
+rule(aten.rot90.default,                lambda g,y,a,k,dims: g.rot90(-k, dims))
+rule(aten.tril.default,                 lambda g,y,a,k: g.tril(k))
+rule(aten.triu.default,                 lambda g,y,a,k: g.triu(k))
+rule(aten.constant_pad_nd.default,      lambda g,y,a,pad: torch.nn.functional.pad(g, [-i for i in pad]))
+rule(aten.repeat.default,               lambda g,y,a,times: unrepeat(g, a.shape, times))
+rule(aten.stack.default,                lambda g,y,xs,d: g.unbind(d))
+rule(aten.unbind.int,                   lambda g,y,a,d: torch.stack(list(g), d))
+rule(aten.cat.default,                  lambda g,y,xs,d: uncat(g, xs, d))
+rule((aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default),
+                                        lambda g,y,a,n,d: torch.cat(list(g), d))
+rule(aten.complex.default,              lambda g,y: g.real,                         lambda g,y: g.imag)
+rule(aten.polar.default,                lambda g,y,r,t: (g*torch.polar(torch.ones_like(r), -t)).real,
+                                                                                    lambda g,y: (g*(1j*y).conj()).real)
+rule(aten.view_as_real.default,         lambda g,y: torch.view_as_complex(g.contiguous()))
+rule(aten.view_as_complex.default,      lambda g,y: torch.view_as_real(g.resolve_conj()))
+rule((aten._conj.default, aten._conj_physical.default),
+                                        lambda g,y: g.conj())
+rule(aten._neg_view.default,            lambda g,y: -g)
+
+# %% ../nbs/11_rules.ipynb #ed66dafe
+def put_back(g, shape, see, *at):
+    "Zeros of `shape`, with `g` at what `see` sees of them."
+    z = g.new_zeros(shape)
+    see(z, *at).copy_(g)
+    return z
+
+def blank(g, see, *at):
+    "`g`, with zeros at what `see` sees of it."
+    g = g.clone()
+    see(g, *at).zero_()
+    return g
+
+#    y = a's part                       dL/da
+rule(aten.select.int,                   lambda g,y,a,d,i:          put_back(g, a.shape, aten.select.int, d, i))
+rule(aten.slice.Tensor,                 lambda g,y,a,d,i,j,step:   put_back(g, a.shape, aten.slice.Tensor, d, i, j, step))
+rule(aten.diagonal.default,             lambda g,y,a,k,i,j:        put_back(g, a.shape, aten.diagonal.default, k, i, j))
+#    y = a with b there                 dL/da
+rule(aten.select_scatter.default,       lambda g,y,a,b,d,i:        blank(g, aten.select.int, d, i),
+#                                       dL/db
+                                        lambda g,y,a,b,d,i:        g.select(d, i))
+rule(aten.slice_scatter.default,        lambda g,y,a,b,d,i,j,step: blank(g, aten.slice.Tensor, d, i, j, step),
+                                        lambda g,y,a,b,d,i,j,step: aten.slice.Tensor(g, d, i, j, step))
+rule(aten.diagonal_scatter.default,     lambda g,y,a,b,k,i,j:      blank(g, aten.diagonal.default, k, i, j),
+                                        lambda g,y,a,b,k,i,j:      g.diagonal(k, i, j))
+rule(aten.copy.default,                 None,                      lambda g,y: g)
+rule(aten.fill.Tensor,                  None,                      lambda g,y: g.sum())
+rule((aten.fill.Scalar, aten.zero.default), None)
+
+# %% ../nbs/11_rules.ipynb #f2cef50f
 def unfold_back(g, shape, d, size, step):
     "The sum over the windows that a number was seen in."
     if not shape: return g.reshape(shape)
-    z = g.new_zeros(shape)
     d %= len(shape)
     at = (torch.arange(g.shape[d], device=g.device)[:, None]*step + torch.arange(size, device=g.device)).flatten()
-    return z.index_add(d, at, g.movedim(-1, d+1).flatten(d, d+1))
+    return g.new_zeros(shape).index_add_(d, at, g.movedim(-1, d+1).flatten(d, d+1))
+
+def extent(size, stride):
+    "How much memory is spanned."
+    return 0 if 0 in size else 1 + sum((n-1)*s for n,s in zip(size, stride, strict=True))
 
 def strided_back(g, a, size, stride, at):
     "The sum over the places that saw a number, by way of `a`'s memory."
     at = a.storage_offset() if at is None else at
     n = max(extent(a.shape, a.stride()) + a.storage_offset(), extent(size, stride) + at)
-    where = torch.arange(n, device=g.device)
-    z = g.new_zeros(n).index_add(0, where.as_strided(size, stride, at).flatten(), g.flatten())
-    return z[where.as_strided(a.shape, a.stride(), a.storage_offset())]
+    address = torch.arange(n, device=g.device)
+    z = g.new_zeros(n).index_add_(0, address.as_strided(size, stride, at).flatten(), g.flatten())
+    return z[address.as_strided(a.shape, a.stride(), a.storage_offset())]
 
-def extent(size, stride): return 0 if 0 in size else 1 + sum((n-1)*s for n,s in zip(size, stride, strict=True))
+#    y = op(a, ...)                     dL/da
+rule(aten.unfold.default,               lambda g,y,a,d,size,step: unfold_back(g, a.shape, d, size, step))
+rule(aten.as_strided.default,           lambda g,y,a,size,stride,at: strided_back(g, a, size, stride, at))
+rule(aten.as_strided_scatter.default,   lambda g,y,a,b,size,stride,at: blank(g.contiguous(), torch.as_strided, size, stride, at),
+                                        lambda g,y,a,b,size,stride,at: g.contiguous().as_strided(size, stride, at).reshape(b.shape))
 
 # %% ../nbs/11_rules.ipynb #9a7dad6b
 def listed(dims, ndim): return list(range(ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+def size(shape, dims): return math.prod(shape[d] for d in listed(dims, len(shape))) if shape else 1
+
 def spread(g, shape, dims, keepdim=False):
     "`g` of a reduction over `dims` in the shape that it was reduced from."
     if not keepdim and shape:
         for d in sorted(d % len(shape) for d in listed(dims, len(shape))): g = g.unsqueeze(d)
     return g.expand(shape)
-def size(shape, dims): return math.prod(shape[d] for d in listed(dims, len(shape))) if shape else 1
-def centred(a, dims): return a - a.mean(listed(dims, a.ndim), keepdim=True)
-def freedom(a, dims, correction): return max(size(a.shape, dims) - (1 if correction is None else correction), 0)
 
-#    y = op(a, dims, ...)                        dL/da
-rule(aten.sum.default,                           lambda g,y,a: g.expand(a.shape))
-rule(aten.sum.dim_IntList,                       lambda g,y,a,d,keep: spread(g, a.shape, d, keep))
-rule(aten.nansum.default,                        lambda g,y,a,d,keep: spread(g, a.shape, d, keep)*~a.isnan())
-rule(aten.mean.default,                          lambda g,y,a: (g/math.prod(a.shape)).expand(a.shape))
-rule(aten.mean.dim,                              lambda g,y,a,d,keep: spread(g/size(a.shape, d), a.shape, d, keep))
-rule(aten.var.correction,                        lambda g,y,a,d,correction,keep: spread(g*2/freedom(a, d, correction), a.shape, d, keep)*centred(a, d) if freedom(a, d, correction) else spread(g, a.shape, d, keep)*math.nan)
-rule(aten.std.correction,                        lambda g,y,a,d,correction,keep: std_back(g, y, a, d, correction, keep))
-rule(aten.var_mean.correction,                   lambda g,y,a,d,correction,keep: spread(g[0]*2/freedom(a, d, correction), a.shape, d, keep)*centred(a, d) + spread(g[1]/size(a.shape, d), a.shape, d, keep))
-rule(aten.std_mean.correction,                   lambda g,y,a,d,correction,keep: std_back(g[0], y[0], a, d, correction, keep) + spread(g[1]/size(a.shape, d), a.shape, d, keep))
-rule((aten.amax.default, aten.amin.default),     lambda g,y,a,d,keep: evenly(spread(g, a.shape, d, keep), a == spread(y, a.shape, d, keep), d))
-rule((aten.max.default, aten.min.default),       lambda g,y,a: evenly(g, a == y, None))
-rule(aten.aminmax.default,                       lambda g,y,a,dim,keep: sum(evenly(spread(g[i], a.shape, dim, keep), a == spread(y[i], a.shape, dim, keep), dim) for i in range(2)))
-rule((aten.median.default, aten.nanmedian.default), lambda g,y,a: first(g, (a == y) | (a.isnan() & y.isnan())))
-rule((aten.max.dim, aten.min.dim, aten.mode.default, aten.median.dim, aten.nanmedian.dim), lambda g,y,a,d,keep: pick_back(g[0], y[1], a.shape, d, keep))
-rule(aten.kthvalue.default,                      lambda g,y,a,k,d,keep: pick_back(g[0], y[1], a.shape, d, keep))
-rule(aten.topk.default,                          lambda g,y,a,k,d: pick_back(g[0], y[1], a.shape, d, True))
-rule(aten.sort.default,                          lambda g,y,a,d: pick_back(g[0], y[1], a.shape, d, True))
-rule(aten.sort.stable,                           lambda g,y,a,stable,d: pick_back(g[0], y[1], a.shape, d, True))
-rule((aten.cummax.default, aten.cummin.default), lambda g,y,a,d: g[0].new_zeros(a.shape).scatter_add(d, y[1], g[0]) if a.ndim else g[0])
-rule(aten.cumsum.default,                        lambda g,y,a,d: g.flip(d).cumsum(d).flip(d) if g.ndim else g)
-rule(aten.cumprod.default,                       lambda g,y,a,d: cumprod_back(g, y, a, d))
-rule(aten.logcumsumexp.default,                  lambda g,y,a,d: logcumsumexp_back(g, y, a, d))
-rule(aten.logsumexp.default,                     lambda g,y,a,d,keep: spread(g, a.shape, d, keep)*conj((a - finite(spread(y, a.shape, d, keep))).exp()))
-rule(aten.prod.default,                          lambda g,y,a: prod_back(g, a.flatten(), 0).reshape(a.shape))
-rule(aten.prod.dim_int,                          lambda g,y,a,d,keep: prod_back(spread(g, a.shape, d, keep), a, d))
-rule(aten.linalg_vector_norm.default,            lambda g,y,a,p,d,keep: norm_back(spread(g, a.shape, d, keep), spread(y, a.shape, d, keep), a, p, d))
-rule(aten.trace.default,                         lambda g,y,a: g*torch.eye(*a.shape, dtype=g.dtype, device=g.device))
-rule(aten._softmax.default,                      lambda g,y,a,d: aten._softmax_backward_data(g, y, d, g.dtype))
-rule(aten._safe_softmax.default,                     lambda g,y,a,d: y*(g - (g*y).sum(d, keepdim=True)))
-rule(aten._log_softmax.default,                  lambda g,y,a,d: aten._log_softmax_backward_data(g, y, d, g.dtype))
+def mean_back(g, shape, dims, keepdim): return spread(g/size(shape, dims), shape, dims, keepdim)
 
-def std_back(g, y, a, dims, correction, keep):
-    "The derivative of the root of the variance."
-    n = freedom(a, dims, correction)
-    return spread(torch.where(y == 0, 0, g/(y*n)) if n else g*math.nan, a.shape, dims, keep)*centred(a, dims)
+def var_back(g, a, dims, correction, keepdim):
+    "Of the squares of the distances from the mean; how the mean moves does not matter, for they add up to zero."
+    n = size(a.shape, dims) - (1 if correction is None else correction)
+    return spread(g*(2/n if n > 0 else math.nan), a.shape, dims, keepdim)*(a - a.mean(listed(dims, a.ndim), keepdim=True))
 
-def evenly(g, chosen, dims):
+def sqrt_back(g, y): return unless(y == 0, g/(2*y))
+
+#    y = op(a, dims, ...)               dL/da
+rule(aten.sum.default,                  lambda g,y,a: g.expand(a.shape))
+rule(aten.sum.dim_IntList,              lambda g,y,a,d,keep: spread(g, a.shape, d, keep))
+rule(aten.nansum.default,               lambda g,y,a,d,keep: spread(g, a.shape, d, keep)*~a.isnan())
+rule(aten.mean.default,                 lambda g,y,a: (g/math.prod(a.shape)).expand(a.shape))
+rule(aten.mean.dim,                     lambda g,y,a,d,keep: mean_back(g, a.shape, d, keep))
+rule(aten.var.correction,               lambda g,y,a,d,n,keep: var_back(g, a, d, n, keep))
+rule(aten.std.correction,               lambda g,y,a,d,n,keep: var_back(sqrt_back(g, y), a, d, n, keep))
+rule(aten.var_mean.correction,          lambda g,y,a,d,n,keep: var_back(g[0], a, d, n, keep) + mean_back(g[1], a.shape, d, keep))
+rule(aten.std_mean.correction,          lambda g,y,a,d,n,keep: (var_back(sqrt_back(g[0], y[0]), a, d, n, keep)
+                                                                + mean_back(g[1], a.shape, d, keep)))
+rule(aten.trace.default,                lambda g,y,a: g*torch.eye(*a.shape, dtype=g.dtype, device=g.device))
+
+# %% ../nbs/11_rules.ipynb #c9f0e5da
+def share(g, y, a, dims, keepdim):
     "Where several are largest they share."
-    return g*chosen/chosen.sum(listed(dims, chosen.ndim), keepdim=True)
+    chosen = a == spread(y, a.shape, dims, keepdim)
+    return spread(g, a.shape, dims, keepdim)*chosen/chosen.sum(listed(dims, a.ndim), keepdim=True)
 
 def first(g, chosen):
     "Where several are the median the first has it."
-    z = g.new_zeros(chosen.numel())
-    return z.index_fill(0, chosen.flatten().int().argmax(), 1).reshape(chosen.shape)*g if chosen.numel() else z.reshape(chosen.shape)
+    if not chosen.numel(): return g.new_zeros(chosen.shape)
+    at = chosen.flatten().int().argmax()
+    return (torch.arange(chosen.numel(), device=g.device) == at).reshape(chosen.shape)*g
 
 def pick_back(g, at, shape, d, keepdim):
     "`g` to where it was picked from, `at`."
     if not shape: return g.reshape(shape)
     if not keepdim: g,at = g.unsqueeze(d),at.unsqueeze(d)
-    return g.new_zeros(shape).scatter(d, at, g)
+    return g.new_zeros(shape).scatter_add_(d, at, g)
 
-def finite(y): return torch.where(y.isinf() if not y.is_complex() else y.real.isinf(), 0, y)
+#    y = op(a, ...)                     dL/da
+rule((aten.amax.default, aten.amin.default),
+                                        share)
+rule((aten.max.default, aten.min.default),
+                                        lambda g,y,a: share(g, y, a, None, False))
+rule(aten.aminmax.default,              lambda g,y,a,d,keep: share(g[0], y[0], a, d, keep) + share(g[1], y[1], a, d, keep))
+rule((aten.median.default, aten.nanmedian.default),
+                                        lambda g,y,a: first(g, (a == y) | (a.isnan() & y.isnan())))
+rule((aten.max.dim, aten.min.dim, aten.mode.default, aten.median.dim, aten.nanmedian.dim),
+                                        lambda g,y,a,d,keep: pick_back(g[0], y[1], a.shape, d, keep))
+rule(aten.kthvalue.default,             lambda g,y,a,k,d,keep: pick_back(g[0], y[1], a.shape, d, keep))
+rule(aten.topk.default,                 lambda g,y,a,k,d: pick_back(g[0], y[1], a.shape, d, True))
+rule(aten.sort.stable,                  lambda g,y,a,stable,d: pick_back(g[0], y[1], a.shape, d, True))
+rule((aten.sort.default, aten.cummax.default, aten.cummin.default),
+                                        lambda g,y,a,d: pick_back(g[0], y[1], a.shape, d, True))
 
+# %% ../nbs/11_rules.ipynb #59029d97
 def others(a, d):
-    "The product of all others along `d`; without a division, which zeros would spoil."
-    one = torch.ones_like(a.narrow(d, 0, 1))
-    n = a.shape[d]-1
+    "The product of all others along `d`: of those before and those after."
+    one,n = torch.ones_like(a.narrow(d, 0, 1)),a.shape[d]-1
     before = torch.cat([one, a.narrow(d, 0, n)], d).cumprod(d)
     after  = torch.cat([a.narrow(d, 1, n), one], d).flip(d).cumprod(d).flip(d)
     return before*after
@@ -466,37 +516,57 @@ def prod_back(g, a, d):
     if not a.ndim: return g
     return g*conj(others(a, d)) if a.numel() else flat(a)
 
+def norm_back(g, y, a, p, dims, keepdim):
+    "The derivative of (sum |a|^p)^(1/p), Horn and Johnson; 0 at the corner."
+    g,y = spread(g, a.shape, dims, keepdim),spread(y, a.shape, dims, keepdim)
+    if p == 0: return flat(a)
+    if p == 1: return g*a.sgn()
+    if p == 2: return g*unless(y == 0, a/y)
+    if abs(p) == math.inf: return share(g*a.sgn(), y, a.abs(), dims, True)
+    return g*unless((y == 0) | (a == 0), a.sgn()*(a.abs()/y)**(p-1))
+
+def later(g, d):
+    "The running sum from the far end."
+    return g.flip(d).cumsum(d).flip(d) if g.ndim else g
+
 def cumprod_back(g, y, a, d):
     "Each product that a number is in, divided by the number; where one is zero, term by term."
     if not a.ndim: return g
-    if not (a == 0).any(): return (g*conj(y)).flip(d).cumsum(d).flip(d)/conj(a)
+    if not (a == 0).any(): return later(g*conj(y), d)/conj(a)
     a,g = a.movedim(d, -1),g.movedim(d, -1)
     n = a.shape[-1]
-    rows = torch.where(torch.eye(n, dtype=torch.bool, device=a.device), 1, a[..., None, :])            # row i: a without its i-th
-    upto = rows.cumprod(-1)*torch.ones(n, n, dtype=a.dtype, device=a.device).triu()
+    rest = torch.where(torch.eye(n, dtype=torch.bool, device=a.device), 1, a[..., None, :])            # row i: a without its i-th
+    upto = rest.cumprod(-1)*torch.ones(n, n, dtype=a.dtype, device=a.device).triu()
     return (conj(upto)*g[..., None, :]).sum(-1).movedim(-1, d)
 
 def logcumsumexp_back(g, y, a, d):
     "exp(a) times the sum of g exp(-y) from there on, in logarithms so that nothing overflows."
     if not a.ndim: return g
-    if g.is_complex(): return conj(a.exp())*(g*conj((-y).exp())).flip(d).cumsum(d).flip(d)
+    if g.is_complex(): return conj(a.exp())*later(g*conj((-y).exp()), d)
     def tail(g): return (g.log() - y).flip(d).logcumsumexp(d).flip(d)
     return (tail(g.clamp_min(0)) + a).exp() - (tail((-g).clamp_min(0)) + a).exp()
 
-def norm_back(g, y, a, p, dims):
-    "The derivative of (sum |a|^p)^(1/p), Horn and Johnson; 0 at the corner."
-    if p == 0: return flat(a)
-    if abs(p) == math.inf: return evenly(g*a.sgn(), a.abs() == y, dims)
-    if p == 1: return g*a.sgn()
-    if p == 2: return g*torch.where(y == 0, 0, a/y)
-    return g*torch.where((y == 0) | (a == 0), 0, a.sgn()*(a.abs()/y)**(p-1))
+def logsumexp_back(g, y, a, dims, keepdim):
+    "The softmax; a sum that is infinite is taken for zero, for inf-inf is no number."
+    y = spread(y, a.shape, dims, keepdim)
+    return spread(g, a.shape, dims, keepdim)*conj((a - unless(real(y).isinf(), y)).exp())
+
+#    y = op(a, ...)                     dL/da
+rule(aten.cumsum.default,               lambda g,y,a,d: later(g, d))
+rule(aten.prod.default,                 lambda g,y,a: prod_back(g, a.flatten(), 0).reshape(a.shape))
+rule(aten.prod.dim_int,                 lambda g,y,a,d,keep: prod_back(spread(g, a.shape, d, keep), a, d))
+rule(aten.cumprod.default,              cumprod_back)
+rule(aten.logsumexp.default,            logsumexp_back)
+rule(aten.logcumsumexp.default,         logcumsumexp_back)
+rule(aten.linalg_vector_norm.default,   norm_back)
 
 # %% ../nbs/11_rules.ipynb #0665daeb
 def rows(x): return x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 1 else x[None]
 def matmul_a(g, a, b):
     "dL/da of a @ b, where either may be a vector or a stack of matrices"
-    if b.ndim == 1: return g.unsqueeze(-1)*conj(b) if a.ndim > 1 else g*conj(b)
+    if b.ndim == 1: return g.unsqueeze(-1)*conj(b)
     return (g.unsqueeze(-2) @ conj(b).mT).squeeze(-2) if a.ndim == 1 else g @ conj(b).mT
+
 def matmul_b(g, a, b):
     "dL/db of a @ b"
     if a.ndim == 1: return conj(a).unsqueeze(-1)*g.unsqueeze(-2) if b.ndim > 1 else g*conj(a)
@@ -505,319 +575,451 @@ def matmul_b(g, a, b):
     return conj(a).mT @ g
 
 def linear_x(g, w):
-    "dL/dx of x @ w.T, for any number of rows; w may be a single row"
-    return g.mm(w.conj()) if g.ndim == w.ndim == 2 else g @ w.conj() if w.ndim == 2 else g.unsqueeze(-1)*w.conj()
-def linear_w(g, x, w):
-    "dL/dw of x @ w.T"
-    return rows(g).t().mm(rows(x.conj())) if w.ndim == 2 else (g.unsqueeze(-1)*x.conj()).reshape(-1, x.shape[-1]).sum(0)
+    "dL/dx of x @ w.T, for any number of rows; `w` may be a single row"
+    if w.ndim == 1: g,w = g.unsqueeze(-1),w[None]
+    return g.mm(w.conj()) if g.ndim == 2 else g @ w.conj()
 
-#    y = op(a, b)                                dL/da                                         dL/db
-rule((aten.mm.default, aten.bmm.default),        lambda g,y,a,b: g @ conj(b).mT,               lambda g,y,a: conj(a).mT @ g)
-rule(aten.matmul.default,                        lambda g,y,a,b: matmul_a(g, a, b),            lambda g,y,a,b: matmul_b(g, a, b))
-rule(aten.mv.default,                            lambda g,y,a,b: torch.outer(g, conj(b)),      lambda g,y,a: conj(a).mT @ g)
-rule(aten.dot.default,                           lambda g,y,a,b: g*conj(b),                    lambda g,y,a: g*conj(a))
-rule(aten.vdot.default,                          lambda g,y,a,b: conj(g)*b,                    lambda g,y,a: g*a)
-rule(aten._grouped_mm.default,                   lambda g,y,a,b,ends: aten._grouped_mm(g, b.mT, ends), lambda g,y,a,b,ends: aten._grouped_mm(a.mT, g, ends), None)
-rule(aten.linear.default,                        lambda g,y,x,w: linear_x(g, w),               lambda g,y,x,w: linear_w(g, x, w),            lambda g,y: g)
-#    y = op(c, a, b, beta, alpha)                dL/dc                                         dL/da                                         dL/db
-rule((aten.addmm.default, aten.baddbmm.default), lambda g,y,c,a,b,beta: g*conj(beta),          lambda g,y,c,a,b,beta,alpha: conj(alpha)*(g @ conj(b).mT), lambda g,y,c,a,b,beta,alpha: conj(alpha)*(conj(a).mT @ g))
-rule(aten.addbmm.default,                        lambda g,y,c,a,b,beta: g*conj(beta),          lambda g,y,c,a,b,beta,alpha: conj(alpha)*(g @ conj(b).mT), lambda g,y,c,a,b,beta,alpha: conj(alpha)*(conj(a).mT @ g))
-rule(aten.addmv.default,                         lambda g,y,c,a,b,beta: g*conj(beta),          lambda g,y,c,a,b,beta,alpha: conj(alpha)*torch.outer(g, conj(b)), lambda g,y,c,a,b,beta,alpha: conj(alpha)*(conj(a).mT @ g))
+def linear_w(g, x, ndim):
+    "dL/dw of x @ w.T"
+    return rows(g if ndim == 2 else g.unsqueeze(-1)).t().mm(rows(x.conj()))
+
+#    y = a @ b                          dL/da                                           dL/db
+rule(aten.dot.default,                  lambda g,y,a,b: g*conj(b),                      lambda g,y,a: g*conj(a))
+rule(aten.vdot.default,                 lambda g,y,a,b: conj(g)*b,                      lambda g,y,a: g*a)
+rule(aten.mv.default,                   lambda g,y,a,b: torch.outer(g, conj(b)),        lambda g,y,a: conj(a).mT @ g)
+rule((aten.mm.default, aten.bmm.default),
+                                        lambda g,y,a,b: g @ conj(b).mT,                 lambda g,y,a: conj(a).mT @ g)
+rule(aten.matmul.default,               lambda g,y,a,b: matmul_a(g, a, b),              lambda g,y,a,b: matmul_b(g, a, b))
+rule(aten._grouped_mm.default,          lambda g,y,a,b,ends: aten._grouped_mm(g, b.mT, ends),
+                                        lambda g,y,a,b,ends: aten._grouped_mm(a.mT, g, ends), None)
+#    y = x @ w.T + b                    dL/dx, dL/dw, dL/db
+rule(aten.linear.default,               lambda g,y,x,w: linear_x(g, w), lambda g,y,x,w: linear_w(g, x, w.ndim), lambda g,y: g)
+#    y = beta*c + alpha*(a @ b)         dL/dc, dL/da, dL/db
+rule((aten.addmm.default, aten.baddbmm.default, aten.addbmm.default),
+                                        lambda g,y,c,a,b,beta:       scaled(g, beta),
+                                        lambda g,y,c,a,b,beta,alpha: scaled(g @ conj(b).mT, alpha),
+                                        lambda g,y,c,a,b,beta,alpha: scaled(conj(a).mT @ g, alpha))
+rule(aten.addmv.default,                lambda g,y,c,a,b,beta:       scaled(g, beta),
+                                        lambda g,y,c,a,b,beta,alpha: scaled(torch.outer(g, conj(b)), alpha),
+                                        lambda g,y,c,a,b,beta,alpha: scaled(conj(a).mT @ g, alpha))
 
 # %% ../nbs/11_rules.ipynb #43f38858
-def index_back(g, shape, at): return aten.index_put(g.new_zeros(shape), at, g, True)
-def zero_at(g, at):  return aten.index_put(g, at, g.new_zeros(()))
-def flat_at(g, i):   return g.reshape(-1)[i]
+def index_back(g, shape, at): return aten.index_put_(g.new_zeros(shape), at, g, True)
+def zero_at(g, at):           return aten.index_put(g, at, g.new_zeros(()))
+def rows_at(g, d, i, shape):  return g.index_select(d, i).reshape(shape)
 
-#    y = op(a, ...)                              dL/da                                         dL/db, where b is put in
-rule(aten.index.Tensor,                          lambda g,y,a,at: index_back(g, a.shape, at), None)
-rule(aten.index_select.default,                  lambda g,y,a,d,i: g.new_zeros(a.shape).index_add(d, i, g) if a.ndim else g.sum().reshape(()))
-rule(aten.gather.default,                        lambda g,y,a,d,i: g.new_zeros(a.shape).scatter_add(d, i, g))
-rule(aten.take.default,                          lambda g,y,a,i: g.new_zeros(math.prod(a.shape)).index_add(0, i.flatten() % max(math.prod(a.shape), 1), g.flatten()).reshape(a.shape))
-rule(aten.embedding.default,                     lambda g,y,w,i,pad: g.new_zeros(w.shape).index_add(0, i.flatten(), rows(g*(i != pad)[..., None] if pad >= 0 else g)))
-rule(aten.masked_select.default,                 lambda g,y,a,m: g.new_zeros(torch.broadcast_shapes(a.shape, m.shape)).masked_scatter(m, g))
-rule((aten.masked_fill.Scalar, aten.masked_fill.Tensor), lambda g,y,a,m: g.masked_fill(m, 0), None,                            lambda g,y,a,m: (g*m).sum())
-rule(aten.masked_scatter.default,                lambda g,y,a,m: g.masked_fill(m, 0), None,                                    lambda g,y,a,m,b: unmask(g, m, b.shape))
-rule(aten.index_put.default,                     lambda g,y,a,at,b,add: g if add else zero_at(g, at), None,                    lambda g,y,a,at: aten.index.Tensor(g, at))
-rule(aten.put.default,                           lambda g,y,a,i,b,add: g if add else g.flatten().index_fill(0, i.flatten() % g.numel(), 0).reshape(g.shape), None, lambda g,y,a,i,b: flat_at(g, i).reshape(b.shape))
-rule(aten.scatter.src,                           lambda g,y,a,d,i: g.scatter(d, i, 0), None, None,                             lambda g,y,a,d,i,b: within_shape(g.gather(d, i), b.shape))
-rule(aten.scatter.value,                         lambda g,y,a,d,i: g.scatter(d, i, 0))
-rule(aten.scatter_add.default,                   lambda g,y: g, None, None,                                                    lambda g,y,a,d,i,b: within_shape(g.gather(d, i), b.shape))
-rule(aten.scatter_reduce.two,                    lambda g,y,a,d,i,b,how,own: reduce_back(g, y, a, d, i, b, how, own)[0], None, None, lambda g,y,a,d,i,b,how,own: reduce_back(g, y, a, d, i, b, how, own)[1])
-rule(aten.index_reduce.default,                  lambda g,y,a,d,i,b,how,own: reduce_back(g, y, a, d, like_rows(i, d, b), b, how, own)[0], None, None,
-                                                 lambda g,y,a,d,i,b,how,own: reduce_back(g, y, a, d, like_rows(i, d, b), b, how, own)[1])
-rule(aten.index_add.default,                     lambda g,y: g, None, None,                                                    lambda g,y,a,d,i,b,k: at_index(g, d, i, b.shape)*k)
-rule(aten.index_copy.default,                    lambda g,y,a,d,i: g.index_fill(d, i, 0), None, None,                          lambda g,y,a,d,i,b: at_index(g, d, i, b.shape))
-rule((aten.index_fill.int_Scalar, aten.index_fill.int_Tensor), lambda g,y,a,d,i: g.index_fill(d, i, 0), None, None,            lambda g,y,a,d,i: g.index_select(d, i.unique()).sum())
+def gathered(g, d, i, shape):
+    "What came from each number of a source; `scatter` may have read only a corner of it."
+    g = g.gather(d, i)
+    if g.shape == shape: return g
+    return torch.nn.functional.pad(g, [o for n,m in zip(shape[::-1], g.shape[::-1], strict=True) for o in (0, n-m)])
 
-def at_index(g, d, i, shape): return g.index_select(d, i).reshape(shape)
-def within_shape(g, shape):
-    "`scatter` may read only a corner of what it is given."
-    return g if g.shape == shape else torch.nn.functional.pad(g, [o for n,m in zip(reversed(shape), reversed(g.shape), strict=True) for o in (0, n-m)])
+def unmask(g, m, shape):
+    "What was taken, in order; what was left over gets zero."
+    g = g.masked_select(m)
+    return torch.cat([g, g.new_zeros(math.prod(shape)-g.numel())]).reshape(shape)
+
+# %% ../nbs/11_rules.ipynb #7a46fc82
+#    y = a at ...                       dL/da
+rule(aten.index_select.default,         lambda g,y,a,d,i: g.new_zeros(a.shape).index_add_(d, i, g) if a.ndim else g.sum())
+rule(aten.gather.default,               lambda g,y,a,d,i: g.new_zeros(a.shape).scatter_add_(d, i, g))
+rule(aten.index.Tensor,                 lambda g,y,a,at: index_back(g, a.shape, at), None)
+rule(aten.take.default,                 lambda g,y,a,i: g.new_zeros(a.shape).put_(i, g, True))
+rule(aten.masked_select.default,        lambda g,y,a,m: g.new_zeros(torch.broadcast_shapes(a.shape, m.shape)).masked_scatter_(m, g))
+#    y = a with b at ...                dL/da                                           dL/db
+rule((aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+                                        lambda g,y,a,m: g.masked_fill(m, 0), None,      lambda g,y,a,m: (g*m).sum())
+rule(aten.masked_scatter.default,       lambda g,y,a,m: g.masked_fill(m, 0), None,      lambda g,y,a,m,b: unmask(g, m, b.shape))
+rule(aten.index_put.default,            lambda g,y,a,at,b,add: g if add else zero_at(g, at), None,
+                                        lambda g,y,a,at: aten.index.Tensor(g, at))
+rule(aten.put.default,                  lambda g,y,a,i,b,add: g if add else g.put(i, g.new_zeros(i.shape)), None,
+                                        lambda g,y,a,i,b: g.take(i).reshape(b.shape))
+rule(aten.scatter.value,                lambda g,y,a,d,i: g.scatter(d, i, 0))
+rule(aten.scatter.src,                  lambda g,y,a,d,i: g.scatter(d, i, 0), *[None]*2,    lambda g,y,a,d,i,b: gathered(g, d, i, b.shape))
+rule(aten.scatter_add.default,          lambda g,y: g, *[None]*2,                           lambda g,y,a,d,i,b: gathered(g, d, i, b.shape))
+rule(aten.index_copy.default,           lambda g,y,a,d,i: g.index_fill(d, i, 0), *[None]*2, lambda g,y,a,d,i,b: rows_at(g, d, i, b.shape))
+rule(aten.index_add.default,            lambda g,y: g, *[None]*2,
+                                        lambda g,y,a,d,i,b,k: scaled(rows_at(g, d, i, b.shape), k))
+rule((aten.index_fill.int_Scalar, aten.index_fill.int_Tensor),
+                                        lambda g,y,a,d,i: g.index_fill(d, i, 0), *[None]*2,
+                                        lambda g,y,a,d,i: g.index_select(d, i.unique()).sum())
+
+# %% ../nbs/11_rules.ipynb #13562f32
 def like_rows(i, d, b):
     "An index of whole rows as an index of entries."
     return i.reshape([-1 if k == d % b.ndim else 1 for k in range(b.ndim)]).expand(b.shape) if b.ndim else i.reshape(())
 
-def reduce_back(g, y, a, d, i, b, how, own):
+def reduce_back(need, g, y, a, d, i, b, how, own):
     "Gradients of what was there and of what came, by how they were reduced; `own`: was what was there counted?"
-    def at(t): return within_shape(t.gather(d, i), b.shape)
-    def total(t): return torch.zeros(a.shape, dtype=g.dtype, device=g.device).scatter_add(d, i, t.to(g.dtype))
-    ones,hit = torch.ones_like(b),total(torch.ones_like(b)) > 0
-    mine = torch.ones_like(g) if own else torch.where(hit, 0, torch.ones_like(g))
-    if how == 'sum': return g*mine,at(g)
-    if how == 'mean':
-        g = g/(mine + total(ones)).clamp_min(1)
-        return g*mine,at(g)
-    if how in ('amax', 'amin'):
-        theirs,mine = b == at(y),mine*(a == y)
-        g = g/(mine + total(theirs)).clamp_min(1)
-        return g*mine,at(g)*theirs
-    none = torch.where(mine == 0, 1, a)                                                       # prod: the product of all others
-    zeros = (none == 0) + total(b == 0)
-    rest = torch.where(none == 0, 1, none).scatter_reduce(d, i, torch.where(b == 0, 1, b), 'prod', include_self=True)
-    def others(x, zeros, rest): return torch.where(x == 0, torch.where(zeros == 1, rest, 0), torch.where(zeros == 0, rest, 0)/torch.where(x == 0, 1, x))
-    return g*mine*others(none, zeros, rest),at(g)*others(b, at(zeros), at(rest))
+    def at(t):    return gathered(t, d, i, b.shape)
+    def total(t): return g.new_zeros(a.shape).scatter_add_(d, i, t)
+    ones = torch.ones_like(b)
+    mine,theirs = torch.ones_like(g) if own else (total(ones) == 0).to(g.dtype),ones
+    if how in ('amax', 'amin'): mine,theirs = mine*(a == y),(b == at(y)).to(g.dtype)
+    if how != 'sum' and how != 'prod': g = g/(mine + total(theirs)).clamp_min(1)
+    if how == 'prod': mine,theirs = product_weights(mine, a, b, d, i, at, total)
+    return g*mine,None,None,at(g)*theirs
 
-def unmask(g, m, shape):
-    "What was taken, in order; what was left over gets zero."
-    taken = g.masked_select(m)
-    return torch.cat([taken, g.new_zeros(math.prod(shape)-taken.numel())]).reshape(shape)
+def product_weights(mine, a, b, d, i, at, total):
+    "The product of all others: divided by the number itself, but where one is zero."
+    a = torch.where(mine == 0, 1, a)
+    zeros = (a == 0) + total((b == 0).to(b.dtype))
+    rest = torch.where(a == 0, 1, a).scatter_reduce(d, i, torch.where(b == 0, 1, b), 'prod')
+    def of_others(x, zeros, rest): return unless(zeros > (x == 0), rest/torch.where(x == 0, 1, x))
+    return mine*of_others(a, zeros, rest),of_others(b, at(zeros), at(rest))
+
+def index_reduce_back(need, g, y, a, d, i, b, how, own): return reduce_back(need, g, y, a, d, like_rows(i, d, b), b, how, own)
+
+rule(aten.scatter_reduce.two,           together=reduce_back, inputs=(0, 3))
+rule(aten.index_reduce.default,         together=index_reduce_back, inputs=(0, 3))
 
 # %% ../nbs/11_rules.ipynb #c678b9a3
-def bn_back(need, g, y, x, w, b, mean, var, train, momentum, eps):
-    return aten.native_batch_norm_backward(g[0], x, w, mean, var, y[1], y[2], train, eps, need[:3])
 def conv_back(need, g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
     return aten.convolution_backward(g, x, w, None if b is None else b.shape, stride, pad, dilation, transposed, outpad, groups, need[:3])
-def ln_back(need, g, y, x, shape, w, b, eps):
+
+def batch_norm_back(need, g, y, x, w, b, mean, var, train, momentum, eps):
+    return aten.native_batch_norm_backward(g[0], x, w, mean, var, y[1], y[2], train, eps, need[:3])
+
+def batch_norm_update_back(need, g, y, x, w, b, mean, var, momentum, eps):
+    return aten.native_batch_norm_backward(g[0], x, w, mean, var, y[1], y[2], True, eps, need[:3])
+
+def layer_norm_back(need, g, y, x, shape, w, b, eps):
     gx,gw,gb = aten.native_layer_norm_backward(g[0], x, shape, y[1], y[2], w, b, [need[0], need[2], need[3]])
     return gx,None,gw,gb
-def gn_back(need, g, y, x, w, b, n, c, hw, groups, eps):
+
+def group_norm_back(need, g, y, x, w, b, n, c, hw, groups, eps):
     return aten.native_group_norm_backward(g[0].contiguous(), x.contiguous(), y[1], y[2], w, n, c, hw, groups, need[:3])
+
 def attention_back(need, g, y, q, k, v, p, causal, mask, scale):
+    "Of the mask the kernel knows nothing."
     gs = aten._scaled_dot_product_flash_attention_for_cpu_backward(g[0], q, k, v, y[0], y[1], p, causal, attn_mask=mask, scale=scale)
-    return (*gs, None, None, attention_s(g[0], q, k, v, mask, causal, scale) if need[5] else None)      # of the mask the kernel knows nothing
+    return *gs,None,None,attention_s(g[0], q, k, v, mask, causal, scale) if need[5] else None
 
-rule(aten.convolution.default,                         together=conv_back, inputs=(0, 1, 2))
-rule(aten.native_layer_norm.default,                   together=ln_back)
-rule(aten.native_group_norm.default,                   together=gn_back)
-rule((aten.native_batch_norm.default, aten._native_batch_norm_legit.default), together=bn_back, inputs=(0, 1, 2))
-rule(aten._batch_norm_with_update.default,             together=lambda need,g,y,x,w,b,mean,var,m,eps: bn_back(need, g, y, x, w, b, mean, var, True, m, eps), inputs=(0, 1, 2))
+rule(aten.convolution.default,          together=conv_back, inputs=(0, 1, 2))
+rule((aten.native_batch_norm.default, aten._native_batch_norm_legit.default),
+                                        together=batch_norm_back, inputs=(0, 1, 2))
+rule(aten._batch_norm_with_update.default,
+                                        together=batch_norm_update_back, inputs=(0, 1, 2))
+rule(aten.native_layer_norm.default,    together=layer_norm_back)
+rule(aten.native_group_norm.default,    together=group_norm_back)
 rule(aten._scaled_dot_product_flash_attention_for_cpu.default, together=attention_back)
-
-#    y = op(a, ...)                                    dL/da
-rule(aten.relu.default,                                lambda g,y: aten.threshold_backward(g, y, 0))
-rule(aten.gelu.default,                                lambda g,y,a,approximate: aten.gelu_backward(g, a, approximate=approximate))
-rule(aten.native_dropout.default,                      lambda g,y,a,p,train: g[0]*y[1]*(1/(1-p) if p < 1 else 0) if train is not False else g[0])
-rule(aten.max_pool2d_with_indices.default,             lambda g,y,a,*how: aten.max_pool2d_with_indices_backward(g[0], a, *how, y[1]))
-rule(aten.max_pool3d_with_indices.default,             lambda g,y,a,*how: aten.max_pool3d_with_indices_backward(g[0], a, *how, y[1]))
-rule(aten.avg_pool2d.default,                          lambda g,y,a,*how: aten.avg_pool2d_backward(g, a, *how))
-rule(aten.avg_pool3d.default,                          lambda g,y,a,*how: aten.avg_pool3d_backward(g, a, *how))
-rule(aten._adaptive_avg_pool2d.default,                lambda g,y,a: aten._adaptive_avg_pool2d_backward(g, a))
-rule(aten._adaptive_avg_pool3d.default,                lambda g,y,a: aten._adaptive_avg_pool3d_backward(g, a))
-rule(aten.adaptive_max_pool2d.default,                 lambda g,y,a: aten.adaptive_max_pool2d_backward(g[0], a, y[1]))
-rule(aten.adaptive_max_pool3d.default,                 lambda g,y,a: aten.adaptive_max_pool3d_backward(g[0], a, y[1]))
-rule(aten.fractional_max_pool2d.default,               lambda g,y,a,k,size: aten.fractional_max_pool2d_backward(g[0], a, k, size, y[1]))
-rule(aten.fractional_max_pool3d.default,               lambda g,y,a,k,size: aten.fractional_max_pool3d_backward(g[0], a, k, size, y[1]))
-rule(aten.max_unpool2d.default,                        lambda g,y,a,at: g.flatten(-2).gather(-1, at.flatten(-2)).reshape(a.shape))
-rule(aten.max_unpool3d.default,                        lambda g,y,a,at: g.flatten(-3).gather(-1, at.flatten(-3)).reshape(a.shape))
-rule(aten.reflection_pad1d.default,                    lambda g,y,a,pad: aten.reflection_pad1d_backward(g, a, pad))
-rule(aten.reflection_pad2d.default,                    lambda g,y,a,pad: aten.reflection_pad2d_backward(g, a, pad))
-rule(aten.reflection_pad3d.default,                    lambda g,y,a,pad: aten.reflection_pad3d_backward(g, a, pad))
-rule(aten.replication_pad1d.default,                   lambda g,y,a,pad: aten.replication_pad1d_backward(g, a, pad))
-rule(aten.replication_pad2d.default,                   lambda g,y,a,pad: aten.replication_pad2d_backward(g, a, pad))
-rule(aten.replication_pad3d.default,                   lambda g,y,a,pad: aten.replication_pad3d_backward(g, a, pad))
-rule(aten.upsample_nearest1d.default,                  lambda g,y,a,size,*how: aten.upsample_nearest1d_backward(g, size, a.shape, *how))
-rule(aten.upsample_nearest2d.default,                  lambda g,y,a,size,*how: aten.upsample_nearest2d_backward(g, size, a.shape, *how))
-rule(aten.upsample_nearest3d.default,                  lambda g,y,a,size,*how: aten.upsample_nearest3d_backward(g, size, a.shape, *how))
-rule(aten._upsample_nearest_exact1d.default,           lambda g,y,a,size,*how: aten._upsample_nearest_exact1d_backward(g, size, a.shape, *how))
-rule(aten._upsample_nearest_exact2d.default,           lambda g,y,a,size,*how: aten._upsample_nearest_exact2d_backward(g, size, a.shape, *how))
-rule(aten._upsample_nearest_exact3d.default,           lambda g,y,a,size,*how: aten._upsample_nearest_exact3d_backward(g, size, a.shape, *how))
-rule(aten.upsample_linear1d.default,                   lambda g,y,a,size,*how: aten.upsample_linear1d_backward(g, size, a.shape, *how))
-rule(aten.upsample_bilinear2d.default,                 lambda g,y,a,size,*how: aten.upsample_bilinear2d_backward(g, size, a.shape, *how))
-rule(aten.upsample_bicubic2d.default,                  lambda g,y,a,size,*how: aten.upsample_bicubic2d_backward(g, size, a.shape, *how))
-rule(aten.upsample_trilinear3d.default,                lambda g,y,a,size,*how: aten.upsample_trilinear3d_backward(g, size, a.shape, *how))
-rule(aten._upsample_bilinear2d_aa.default,             lambda g,y,a,size,*how: aten._upsample_bilinear2d_aa_backward(g, size, a.shape, *how))
-rule(aten._upsample_bicubic2d_aa.default,              lambda g,y,a,size,*how: aten._upsample_bicubic2d_aa_backward(g, size, a.shape, *how))
-rule(aten.grid_sampler_2d.default,                     together=lambda need,g,y,a,grid,*how: aten.grid_sampler_2d_backward(g, a, grid, *how, need[:2]))
-rule(aten.grid_sampler_3d.default,                     together=lambda need,g,y,a,grid,*how: aten.grid_sampler_3d_backward(g, a, grid, *how, need[:2]))
-rule(aten.affine_grid_generator.default,               lambda g,y,a,size,corners: aten.affine_grid_generator_backward(g, size, corners))
-rule(aten.avg_pool2d_backward.default,                 lambda g,y,gy,a,*how: aten.avg_pool2d(g, *how), None)
-rule(aten._adaptive_avg_pool2d_backward.default,       lambda g,y,gy: aten._adaptive_avg_pool2d(g, gy.shape[-2:]), None)
-rule(aten.upsample_nearest2d_backward.default,         lambda g,y,gy,size,shape,*how: aten.upsample_nearest2d(g, size, *how))
-rule(aten.upsample_bilinear2d_backward.default,        lambda g,y,gy,size,shape,*how: aten.upsample_bilinear2d(g, size, *how))
-rule(aten.im2col.default,                              lambda g,y,a,*how: aten.col2im(g, a.shape[-2:], *how))
-rule(aten.col2im.default,                              lambda g,y,a,size,*how: aten.im2col(g, *how))
-rule(aten.glu.default,                                 lambda g,y,a,d: aten.glu_backward(g, a, d))
-rule(aten.rrelu_with_noise.default,                    lambda g,y,a,noise,lo,hi,train: g*noise if train else g*torch.where(a > 0, 1, (lo+hi)/2), None)
-rule(aten.renorm.default,                              lambda g,y,a,p,d,most: renorm_back(g, a, p, d, most))
-rule(aten._ctc_loss.default,                           lambda g,y,a,*how: ctc_back(g, y, a, *how))
-rule(aten._ctc_loss.Tensor,                            lambda g,y,a,*how: ctc_back(g, y, a, *how))
-rule(aten._embedding_bag.default,                      lambda g,y,w,i,offsets,by_freq,mode,sparse,each,last,pad: bag_back(g[0], y, w, i, mode, each, pad), *[None]*5,
-                                                       lambda g,y,w,i,offsets,by_freq,mode,sparse,each,last,pad: (g[0][y[1]]*w[i]).sum(-1)*(i != pad))
+#    y = op(a, ...)                     dL/da
+rule(aten.relu.default,                 lambda g,y: aten.threshold_backward(g, y, 0))
+rule(aten.gelu.default,                 lambda g,y,a,approximate: aten.gelu_backward(g, a, approximate=approximate))
+rule(aten.glu.default,                  lambda g,y,a,d: aten.glu_backward(g, a, d))
+rule(aten._softmax.default,             lambda g,y,a,d: aten._softmax_backward_data(g, y, d, g.dtype))
+rule(aten._safe_softmax.default,        lambda g,y,a,d: y*(g - (g*y).sum(d, keepdim=True)))
+rule(aten._log_softmax.default,         lambda g,y,a,d: aten._log_softmax_backward_data(g, y, d, g.dtype))
+rule(aten.native_dropout.default,       lambda g,y,a,p,train: g[0] if train is False else g[0]*y[1]*(1/(1-p) if p < 1 else 0))
+rule(aten.rrelu_with_noise.default,     lambda g,y,a,noise,lo,hi,train: g*(noise if train else torch.where(a > 0, 1, (lo+hi)/2)), None)
+rule(aten.grid_sampler_2d.default,      together=lambda need,g,y,a,grid,*how: aten.grid_sampler_2d_backward(g, a, grid, *how, need[:2]))
+rule(aten.grid_sampler_3d.default,      together=lambda need,g,y,a,grid,*how: aten.grid_sampler_3d_backward(g, a, grid, *how, need[:2]))
 
 # %% ../nbs/11_rules.ipynb #8a319992
-def mean_of(reduction, n): return 1/max(n, 1) if reduction == 1 else 1     # PyTorch counts 0 none, 1 mean, 2 sum
+def often(i, n):
+    "How often each of `i` occurs among them."
+    return i.flatten().bincount(minlength=n)[i]
 
-#    y = op(a, targ, ...)                              dL/da                                                           dL/dtarg
-rule(aten.nll_loss_forward.default,                    lambda g,y,a,*how: aten.nll_loss_backward(g[0], a, *how, y[1]))
-rule(aten.nll_loss2d_forward.default,                  lambda g,y,a,*how: aten.nll_loss2d_backward(g[0], a, *how, y[1]))
-rule(aten.mse_loss.default,                            lambda g,y,a,b,red: g*2*(a-b)*mean_of(red, a.numel()),          lambda g,y,a,b,red: g*2*(b-a)*mean_of(red, a.numel()))
-rule(aten.smooth_l1_loss.default,                      lambda g,y,a,b,red,beta: g*knee(a-b, beta)*mean_of(red, a.numel()),    lambda g,y,a,b,red,beta: -g*knee(a-b, beta)*mean_of(red, a.numel()))
-rule(aten.huber_loss.default,                          lambda g,y,a,b,red,delta: g*(a-b).clamp(-delta, delta)*mean_of(red, a.numel()), lambda g,y,a,b,red,delta: g*(b-a).clamp(-delta, delta)*mean_of(red, a.numel()))
-rule(aten.multi_margin_loss.default,                   lambda g,y,a,t,*how: aten.multi_margin_loss_backward(g, a, t, *how), None)
-rule(aten.multilabel_margin_loss_forward.default,      lambda g,y,a,t,red: aten.multilabel_margin_loss_backward(g[0], a, t, red, y[1]), None)
+def bag_rows(g, y, w, i, offsets, by_freq, mode, sparse, each, last, pad):
+    "Each bag to its rows, in a sum (mode 0), a mean (1) or, number by number, a maximum (2)."
+    if mode == 2: return g[0].new_zeros(w.shape).scatter_add_(0, y[3], g[0]*(y[2] > 0)[:, None])
+    k = (i != pad).to(g[0].dtype)
+    if mode == 1: k = k/y[2][y[1]]
+    if by_freq: k = k/often(i, w.shape[0])
+    return g[0].new_zeros(w.shape).index_add_(0, i, g[0][y[1]]*(k if each is None else k*each)[:, None])
 
-def knee(d, beta): return (d/beta).clamp(-1, 1) if beta else d.sgn()
+def bag_weights(g, y, w, i, offsets, by_freq, mode, sparse, each, last, pad):
+    return (g[0][y[1]]*w[i]).sum(-1)*(i != pad)
 
-def bag_back(g, y, w, i, mode, each, pad):
-    "A bag is the sum (mode 0), mean (1) or maximum (2) of rows."
-    z = g.new_zeros(w.shape)
-    if mode == 2: return z.scatter_add(0, y[3], g*(y[2] > 0)[:, None])
-    g = g[y[1]]
-    if mode == 1: g = g/y[2][y[1]][:, None]
-    if each is not None: g = g*each[:, None]
-    return z.index_add(0, i, g*(i != pad)[:, None] if pad >= 0 else g)
+rule(aten.embedding.default,            lambda g,y,w,i,pad,by_freq: aten.embedding_dense_backward(g, i, w.shape[0], pad, by_freq))
+rule(aten._embedding_bag.default,       bag_rows, *[None]*5, bag_weights)
 
-def renorm_back(g, a, p, d, most):
+# %% ../nbs/11_rules.ipynb #2742202c
+def adjoint(name, like=False):
+    "Rows for the kernel of a linear map and for its adjoint, which needs `a` or, if `like`, no more than its shape."
+    op,back = (getattr(aten, n).default for n in (name, name + '_backward'))
+    if not like:
+        rule(op,   lambda g,y,a,*how: back(g, a, *how))
+        rule(back, lambda g,y,gy,a,*how: op(g, *how), None)
+    else:
+        rule(op,   shapes(op,   lambda g,y,a,size,*how: back(g, size, a.shape, *how)))
+        rule(back, shapes(back, lambda g,y,gy,size,shape,*how: op(g, size, *how)))
+
+def shapes(op, f):
+    "`f` as one that asks no more of a tensor than its shape."
+    n = len(op._schema.arguments)
+    f.reads = Reads({i: 'like' if i in tensors(op) else 'value' for i in range(n)}, None, n)
+    return f
+
+for name in """
+    avg_pool2d            reflection_pad1d      replication_pad1d
+    avg_pool3d            reflection_pad2d      replication_pad2d
+                          reflection_pad3d      replication_pad3d""".split(): adjoint(name)
+
+for name in """
+    upsample_nearest1d    _upsample_nearest_exact1d    upsample_linear1d       _upsample_bilinear2d_aa
+    upsample_nearest2d    _upsample_nearest_exact2d    upsample_bilinear2d     _upsample_bicubic2d_aa
+    upsample_nearest3d    _upsample_nearest_exact3d    upsample_trilinear3d    _upsample_lanczos2d_aa
+                                                       upsample_bicubic2d""".split(): adjoint(name, like=True)
+
+#    y = op(a, ...)                     dL/da
+rule(aten._adaptive_avg_pool2d.default, lambda g,y,a: aten._adaptive_avg_pool2d_backward(g, a))
+rule(aten._adaptive_avg_pool3d.default, lambda g,y,a: aten._adaptive_avg_pool3d_backward(g, a))
+rule(aten._adaptive_avg_pool2d_backward.default, lambda g,y,gy: aten._adaptive_avg_pool2d(g, gy.shape[-2:]), None)
+rule(aten._adaptive_avg_pool3d_backward.default, lambda g,y,gy: aten._adaptive_avg_pool3d(g, gy.shape[-3:]), None)
+rule(aten.im2col.default,               lambda g,y,a,*how: aten.col2im(g, a.shape[-2:], *how))
+rule(aten.col2im.default,               lambda g,y,a,size,*how: aten.im2col(g, *how))
+rule(aten.affine_grid_generator.default,
+                                        lambda g,y,a,size,corners: aten.affine_grid_generator_backward(g, size, corners))
+rule(aten.max_pool2d_with_indices.default,
+                                        lambda g,y,a,*how: aten.max_pool2d_with_indices_backward(g[0], a, *how, y[1]))
+rule(aten.max_pool3d_with_indices.default,
+                                        lambda g,y,a,*how: aten.max_pool3d_with_indices_backward(g[0], a, *how, y[1]))
+rule(aten.adaptive_max_pool2d.default,  lambda g,y,a: aten.adaptive_max_pool2d_backward(g[0], a, y[1]))
+rule(aten.adaptive_max_pool3d.default,  lambda g,y,a: aten.adaptive_max_pool3d_backward(g[0], a, y[1]))
+rule(aten.fractional_max_pool2d.default,
+                                        lambda g,y,a,k,size: aten.fractional_max_pool2d_backward(g[0], a, k, size, y[1]))
+rule(aten.fractional_max_pool3d.default,
+                                        lambda g,y,a,k,size: aten.fractional_max_pool3d_backward(g[0], a, k, size, y[1]))
+rule(aten.max_unpool2d.default,         lambda g,y,a,at: g.flatten(-2).gather(-1, at.flatten(-2)).reshape(a.shape))
+rule(aten.max_unpool3d.default,         lambda g,y,a,at: g.flatten(-3).gather(-1, at.flatten(-3)).reshape(a.shape))
+
+# %% ../nbs/11_rules.ipynb #644fb2e4
+def share_of(reduction, n): return 1/max(n, 1) if reduction == 1 else 1     # PyTorch counts 0 none, 1 mean, 2 sum
+
+def distance(op, slope):
+    "A row for a loss of a-b: `slope(d, *more)` is its derivative by the difference d."
+    def rise(g, y, a, b, reduction, *more): return g*slope(a-b, *more)*share_of(reduction, a.numel())
+    rule(op, rise, lambda g,y,*args: -rise(g, None, *args))
+
+#        y = op(a, b, reduction, ...)   dy/d(a-b)
+distance(aten.mse_loss.default,         lambda d: 2*d)
+distance(aten.huber_loss.default,       lambda d,delta: d.clamp(-delta, delta))
+distance(aten.smooth_l1_loss.default,   lambda d,beta: (d/beta).clamp(-1, 1) if beta else d.sgn())
+#    y = op(a, targ, ...)               dL/da
+rule(aten.nll_loss_forward.default,     lambda g,y,a,*how: aten.nll_loss_backward(g[0], a, *how, y[1]))
+rule(aten.nll_loss2d_forward.default,   lambda g,y,a,*how: aten.nll_loss2d_backward(g[0], a, *how, y[1]))
+rule(aten.multi_margin_loss.default,    lambda g,y,a,t,*how: aten.multi_margin_loss_backward(g, a, t, *how), None)
+rule(aten.multilabel_margin_loss_forward.default,
+                                        lambda g,y,a,t,red: aten.multilabel_margin_loss_backward(g[0], a, t, red, y[1]), None)
+rule((aten._ctc_loss.default, aten._ctc_loss.Tensor),
+                                        lambda g,y,a,t,n,m,blank,zero: aten._ctc_loss_backward(g[0], a, t, n, m, y[0], y[1], blank, zero))
+
+# %% ../nbs/11_rules.ipynb #a0fc4103
+def renorm_back(g, y, a, p, d, most):
     "Rows that were too long were scaled by most/norm, and their norm feels them too."
     dims = [i for i in range(a.ndim) if i != d % a.ndim]
     norm = torch.linalg.vector_norm(a, p, dims, keepdim=True)
-    along = norm_back((g*conj(a)).sum(dims, keepdim=True).expand(a.shape), norm.expand(a.shape), a, p, dims)
-    along = along.real.to(g.dtype) if not g.is_complex() else along
-    return torch.where(norm > most, most*(g/norm - along/norm**2), g)
+    along = norm_back((g*conj(a)).sum(dims, keepdim=True), norm, a, p, dims, True)
+    return torch.where(norm > most, most*(g/norm - (along if g.is_complex() else real(along))/norm**2), g)
 
-def ctc_back(g, y, a, t, inputs, targets, blank, zero):
-    return aten._ctc_loss_backward(g[0], a, t, inputs, targets, y[0], y[1], blank, zero)
+rule(aten.renorm.default,               renorm_back)
 
-# %% ../nbs/11_rules.ipynb #9a6089ee
+# %% ../nbs/11_rules.ipynb #d40391d2
 def plain(op, *fs):
     "The formula behind a kernel: used where its gradient is itself to be differentiated."
     for o in op if isinstance(op, tuple) else (op,): RULES[o].plain = Rule(o, fs, RULES[o].inputs)
 
-def each(v, n): return list(v)*n if len(v) == 1 else v
+# %% ../nbs/11_rules.ipynb #583e40f6
+def repeated(v, n): return list(v)*n if len(v) == 1 else v
+
 def conv_x(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
     "The adjoint of a convolution is the transposed one, and the other way round."
-    stride,pad,dilation,outpad = (each(v, w.ndim-2) for v in (stride, pad, dilation, outpad))
-    rest = [0]*len(stride)
-    if not transposed: rest = [n - ((m-1)*s - 2*p + d*(k-1) + 1) for n,m,k,s,p,d in zip(x.shape[2:], g.shape[2:], w.shape[2:], stride, pad, dilation, strict=True)]
+    stride,pad,dilation = (repeated(v, w.ndim-2) for v in (stride, pad, dilation))
+    def left_out(n, m, k, s, p, d): return n - ((m-1)*s - 2*p + d*(k-1) + 1)              # by strides that do not fit
+    sizes = zip(x.shape[2:], g.shape[2:], w.shape[2:], stride, pad, dilation, strict=True)
+    rest = [0]*len(stride) if transposed else [left_out(*ns) for ns in sizes]
     gx = aten.convolution(g, w, None, stride, pad, dilation, not transposed, rest, groups)
-    return gx[(slice(None), slice(None), *map(slice, x.shape[2:]))]          # of output padding nothing comes back
+    return gx[(..., *map(slice, x.shape[2:]))]                                            # of output padding nothing comes back
+
+def met(x, at, sizes, stride, dilation):
+    "The inputs that position `at` of the kernel met, one for each output."
+    for d,(k,n,s,dil) in enumerate(zip(at, sizes, stride, dilation, strict=True)):
+        x = aten.slice.Tensor(x, d+2, k*dil, k*dil + s*(n-1) + 1, s)
+    return x
 
 def conv_w(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
     "For each position in the kernel: the product of `g` with the inputs that it met there."
-    stride,pad,dilation = (each(v, w.ndim-2) for v in (stride, pad, dilation))
-    few,many = (x, g) if transposed else (g, x)                                       # few positions, many positions
-    many = torch.nn.functional.pad(many, [p for q in reversed(pad) for p in (q, q + 0)])
-    few = few.flatten(2).unflatten(1, (groups, -1))                                   # (n, groups, channels, positions)
-    out = []
-    for at in itertools.product(*map(range, w.shape[2:])):
-        seen = many
-        for d,(k,s,dil,size) in enumerate(zip(at, stride, dilation, (x if transposed else g).shape[2:], strict=True)):
-            seen = seen.narrow(d+2, k*dil, s*(size-1)+1)[(slice(None),)*(d+2) + (slice(None, None, s),)]
-        out.append(torch.einsum('ngop,ngcp->goc', few, seen.flatten(2).unflatten(1, (groups, -1))).flatten(0, 1))
-    return torch.stack(out, -1).reshape(w.shape)
+    stride,pad,dilation = (repeated(v, w.ndim-2) for v in (stride, pad, dilation))
+    out,x = (x, g) if transposed else (g, x)
+    x = torch.nn.functional.pad(x, [p for q in reversed(pad) for p in (q, q)])
+    def split(t): return t.flatten(2).unflatten(1, (groups, -1))                          # (n, groups, channels, positions)
+    gs = [torch.einsum('ngop,ngcp->goc', split(out), split(met(x, at, out.shape[2:], stride, dilation))).flatten(0, 1)
+          for at in itertools.product(*map(range, w.shape[2:]))]
+    return torch.stack(gs, -1).reshape(w.shape)
 
-def over(g): return [0, *range(2, g.ndim)]
+def but_channels(g): return [0, *range(2, g.ndim)]
+
+plain(aten.convolution.default, conv_x, conv_w, lambda g,y,x,w,b: g.sum(but_channels(g)))
+
+# %% ../nbs/11_rules.ipynb #4f6e7a8c
+def norm(x, dims, eps):
+    "x^ and 1/sigma"
+    d = x - x.mean(dims, keepdim=True)
+    rstd = ((d*d).mean(dims, keepdim=True) + eps).rsqrt()
+    return d*rstd,rstd
+
 def unnorm(gw, x, dims, eps):
     "dL/dx of (x - mean)/sigma over `dims`, given dL/d of it"
     xh,rstd = norm(x, dims, eps)
     return rstd*(gw - gw.mean(dims, keepdim=True) - xh*(gw*xh).mean(dims, keepdim=True))
-def norm(x, dims, eps):
-    d = x - x.mean(dims, keepdim=True)
-    rstd = ((d*d).mean(dims, keepdim=True) + eps).rsqrt()
-    return d*rstd,rstd
-def channels(w, x): return 1 if w is None else w.reshape([-1 if d == 1 else 1 for d in range(x.ndim)])
 
-def bn_x(g, y, x, w, b, mean, var, train, momentum, eps):
-    if train: return unnorm(g[0]*channels(w, x), x, over(x), eps)
-    return g[0]*channels(w, x)*channels((var+eps).rsqrt(), x)
-def bn_w(g, y, x, w, b, mean, var, train, momentum, eps):
-    xh = norm(x, over(x), eps)[0] if train else (x - channels(mean, x))*channels((var+eps).rsqrt(), x)
-    return (g[0]*xh).sum(over(x))
-def total(x, n): return x.sum(list(range(n))) if n else x
-def ln_dims(shape): return list(range(-len(shape), 0))
-def ln_w(g, y, x, shape, w, b, eps): return total(g[0]*norm(x, ln_dims(shape), eps)[0], x.ndim-len(shape))
-def gn_x(g, y, x, w, b, n, c, hw, groups, eps):
-    def split(t): return t.reshape(n, groups, -1)
-    return unnorm(split(g[0]*channels(w, x)), split(x), [-1], eps).reshape(x.shape)
-def gn_w(g, y, x, w, b, n, c, hw, groups, eps): return (g[0]*norm(x.reshape(n, groups, -1), [-1], eps)[0].reshape(x.shape)).sum(over(x))
+def per_channel(w, x): return 1 if w is None else w.reshape([-1 if d == 1 else 1 for d in range(x.ndim)])
+def grouped(x, n, groups): return x.reshape(n, groups, -1)
+def last(shape): return list(range(-len(shape), 0))
+def sum_first(x, n): return x.sum(list(range(n))) if n else x
 
-def gelu_slope(a, approximate):
-    "Hendrycks and Gimpel (2016): x Phi(x), or its form with tanh."
-    if approximate == 'none': return .5*(1 + torch.erf(a/math.sqrt(2))) + a*(-a*a/2).exp()/math.sqrt(2*math.pi)
-    c = math.sqrt(2/math.pi)
-    t = torch.tanh(c*(a + .044715*a**3))
-    return .5*(1+t) + .5*a*(1-t*t)*c*(1 + 3*.044715*a*a)
+def batch_norm_x(g, y, x, w, b, mean, var, train, momentum, eps):
+    gw = g[0]*per_channel(w, x)
+    return unnorm(gw, x, but_channels(x), eps) if train else gw*per_channel((var+eps).rsqrt(), x)
+
+def batch_norm_w(g, y, x, w, b, mean, var, train, momentum, eps):
+    xh = norm(x, but_channels(x), eps)[0] if train else (x - per_channel(mean, x))*per_channel((var+eps).rsqrt(), x)
+    return (g[0]*xh).sum(but_channels(x))
+
+def group_norm_x(g, y, x, w, b, n, c, hw, groups, eps):
+    return unnorm(grouped(g[0]*per_channel(w, x), n, groups), grouped(x, n, groups), [-1], eps).reshape(x.shape)
+
+def group_norm_w(g, y, x, w, b, n, c, hw, groups, eps):
+    return (g[0]*norm(grouped(x, n, groups), [-1], eps)[0].reshape(x.shape)).sum(but_channels(x))
+
+plain((aten.native_batch_norm.default, aten._native_batch_norm_legit.default),
+      batch_norm_x, batch_norm_w, lambda g,y: g[0].sum(but_channels(g[0])))
+plain(aten._batch_norm_with_update.default,
+      lambda g,y,x,w,b,mean,var,m,eps: batch_norm_x(g, y, x, w, None, mean, var, True, m, eps),
+      lambda g,y,x,w,b,mean,var,m,eps: batch_norm_w(g, y, x, w, None, mean, var, True, m, eps),
+      lambda g,y: g[0].sum(but_channels(g[0])))
+plain(aten.native_layer_norm.default,
+      lambda g,y,x,shape,w,b,eps: unnorm(g[0] if w is None else g[0]*w, x, last(shape), eps), None,
+      lambda g,y,x,shape,w,b,eps: sum_first(g[0]*norm(x, last(shape), eps)[0], x.ndim-len(shape)),
+      lambda g,y,x,shape:         sum_first(g[0], x.ndim-len(shape)))
+plain(aten.native_group_norm.default, group_norm_x, group_norm_w, lambda g,y: g[0].sum(but_channels(g[0])))
+
+# %% ../nbs/11_rules.ipynb #9a6089ee
+def root(q, scale): return 1/math.sqrt(q.shape[-1]) if scale is None else scale
 
 def attention(q, k, mask, causal, scale):
     "The weights: how much each query looks at each key."
     s = q @ k.mT * root(q, scale)
     if causal: s = s + torch.full(s.shape[-2:], -math.inf, dtype=s.dtype, device=s.device).triu(1)
     return (s if mask is None else s + mask).softmax(-1)
+
 def attention_s(g, q, k, v, mask, causal, scale):
     "dL/ds, s what goes into the softmax"
-    p = attention(q, k, mask, causal, scale)
-    gp = g @ v.mT
+    p,gp = attention(q, k, mask, causal, scale),g @ v.mT
     return p*(gp - (gp*p).sum(-1, keepdim=True))
-def root(q, scale): return 1/math.sqrt(q.shape[-1]) if scale is None else scale
 
-plain(aten.convolution.default,       conv_x, conv_w, lambda g,y,x,w,b: g.sum(over(g)))
-plain((aten.native_batch_norm.default, aten._native_batch_norm_legit.default), bn_x, bn_w, lambda g,y: g[0].sum(over(g[0])))
-plain(aten.native_layer_norm.default, lambda g,y,x,shape,w,b,eps: unnorm(g[0] if w is None else g[0]*w, x, ln_dims(shape), eps), None, ln_w, lambda g,y,x,shape: total(g[0], x.ndim-len(shape)))
-plain(aten.native_group_norm.default, gn_x, gn_w, lambda g,y: g[0].sum(over(g[0])))
 plain(aten._scaled_dot_product_flash_attention_for_cpu.default,
       lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale) @ k * root(q, scale),
       lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale).mT @ q * root(q, scale),
       lambda g,y,q,k,v,p,causal,mask,scale: attention(q, k, mask, causal, scale).mT @ g[0], None, None,
       lambda g,y,q,k,v,p,causal,mask,scale: attention_s(g[0], q, k, v, mask, causal, scale))
-plain(aten.relu.default,              lambda g,y: g*(y > 0))
-plain(aten.gelu.default,              lambda g,y,a,approximate: g*gelu_slope(a, approximate))
-plain(aten._softmax.default,          lambda g,y,a,d: y*(g - (g*y).sum(d, keepdim=True)))
-plain(aten._log_softmax.default,      lambda g,y,a,d: g - y.exp()*g.sum(d, keepdim=True))
-plain(aten.max_pool2d_with_indices.default, lambda g,y,a,*how: g[0].new_zeros(a.shape).flatten(-2).scatter_add(-1, y[1].flatten(-2), g[0].flatten(-2)).reshape(a.shape))
-plain(aten.nll_loss_forward.default,  lambda g,y,a,t,w,reduction,ignore: nll_back(g[0], a, t, w, reduction, ignore))
-
-def nll_back(g, a, t, w, reduction, ignore):
-    "Minus the class's weight where the class is; nothing where it is to be ignored."
-    counts = (t != ignore).to(a.dtype) if w is None else torch.where(t != ignore, w[t.clamp_min(0)], 0)
-    each = g*counts/(counts.sum() if reduction == 1 else 1)
-    return g.new_zeros(a.shape).scatter(-1, torch.where(t == ignore, 0, t).unsqueeze(-1), -each.unsqueeze(-1))
 
 # %% ../nbs/11_rules.ipynb #189e0998
-def sym(a):  return .5*(a + a.mH)
-def skew(a): return a - a.mH
-def T(a):    return a.mT
-def solve_H(a, g): return torch.linalg.solve(a.mH, g)
+def gelu_slope(a, approximate):
+    if approximate == 'none': return .5*(1 + torch.erf(a/math.sqrt(2))) + a*(-a*a/2).exp()/math.sqrt(2*math.pi)
+    c = math.sqrt(2/math.pi)
+    t = torch.tanh(c*(a + .044715*a**3))
+    return .5*(1+t) + .5*a*(1-t*t)*c*(1 + 3*.044715*a*a)
 
-#    y = op(a, ...)                                    dL/da
-rule(aten.linalg_inv_ex.default,                       lambda g,y: -(y[0].mH @ g[0] @ y[0].mH))
-rule(aten.inverse.default,                             lambda g,y: -(y.mH @ g @ y.mH))
-rule(aten._linalg_det.default,                         lambda g,y,a: det_back(g[0], y[0], a))
-rule(aten._linalg_slogdet.default,                     lambda g,y,a: slogdet_back(g, y, a))
-rule(aten.linalg_cholesky_ex.default,                  lambda g,y,a,upper: cholesky_back(g[0], y[0], upper))
-rule(aten.cholesky.default,                            lambda g,y,a,upper: cholesky_back(g, y, upper))
-rule(aten._linalg_eigh.default,                        lambda g,y: eigh_back(g[0], g[1], y[0], y[1]))
-rule(aten.linalg_eig.default,                          lambda g,y: eig_back(g[0], g[1], y[0], y[1]))
-rule(aten._linalg_svd.default,                         lambda g,y,a,full: svd_back(g[0], g[1], g[2], y[0], y[1], y[2], full))
-rule(aten.linalg_qr.default,                           lambda g,y,a,mode: qr_back(g[0], g[1], y[0], y[1], mode))
-rule(aten.linalg_matrix_exp.default,                   lambda g,y,a: matrix_exp_back(g, a))
-rule(aten.linalg_cross.default,                        lambda g,y,a,b,dim: torch.linalg.cross(conj(b), g, dim=dim), lambda g,y,a,b,dim: torch.linalg.cross(g, conj(a), dim=dim))
-rule(aten._linalg_solve_ex.default,                    lambda g,y,a,b,left: solve_back(g[0], y[0], a, b, left)[0], lambda g,y,a,b,left: solve_back(g[0], y[0], a, b, left)[1])
-rule(aten.linalg_solve_triangular.default,             lambda g,y,a,b,upper,left,unit: triangular_back(g, y, a, upper, left, unit)[0], lambda g,y,a,b,upper,left,unit: triangular_back(g, y, a, upper, left, unit)[1])
-rule(aten.triangular_solve.default,                    lambda g,y,b,a,upper,trans,unit: old_triangular_back(g[0], y[0], a, upper, trans, unit)[1], lambda g,y,b,a,upper,trans,unit: old_triangular_back(g[0], y[0], a, upper, trans, unit)[0] + g[1])
-rule(aten.cholesky_solve.default,                      lambda g,y,b,a,upper: aten.cholesky_solve(g, a, upper), lambda g,y,b,a,upper: cholesky_solve_back(g, y, a, upper))
-rule(aten.cholesky_inverse.default,                    lambda g,y,a,upper: cholesky_inverse_back(g, y, a, upper))
-rule(aten.linalg_pinv.atol_rtol_tensor,                lambda g,y,a: pinv_back(g, y, a))
-rule(aten.linalg_lstsq.default,                        lambda g,y,a,b: lstsq_back(g, y, a, b)[0], lambda g,y,a,b: lstsq_back(g, y, a, b)[1])
-rule(aten.linalg_lu_factor_ex.default,                 lambda g,y,a,pivot: lu_factor_back(g[0], y[0], y[1], pivot))
-rule(aten.linalg_lu.default,                           lambda g,y,a,pivot: lu_back(g[1], g[2], y[0], y[1], y[2], pivot))
-rule(aten.lu_unpack.default,                           lambda g,y,a: torch.cat([g[1].tril(-1), g[1].new_zeros(*g[1].shape[:-1], max(a.shape[-1]-g[1].shape[-1], 0))], -1) + torch.cat([g[2].triu(), g[2].new_zeros(*g[2].shape[:-2], max(a.shape[-2]-g[2].shape[-2], 0), g[2].shape[-1])], -2), None)
-rule(aten.linalg_lu_solve.default,                     lambda g,y,lu,piv,b,left,adjoint: lu_solve_back(g, y, lu, piv, left, adjoint), None, lambda g,y,lu,piv,b,left,adjoint: aten.linalg_lu_solve(lu, piv, g, left=left, adjoint=not adjoint))
+def glu_back(g, a, d):
+    "y = b sigmoid(c), where a is b and c"
+    b,c = a.chunk(2, d)
+    s = c.sigmoid()
+    return torch.cat([g*s, g*b*s*(1-s)], d)
 
-def det_back(g, det, a):
-    "g det(a)^* a^-H; where a is singular by way of its singular values."
+#     y = op(a, ...)                    dL/da
+plain(aten.relu.default,                lambda g,y: g*(y > 0))
+plain(aten.gelu.default,                lambda g,y,a,approximate: g*gelu_slope(a, approximate))
+plain(aten.glu.default,                 lambda g,y,a,d: glu_back(g, a, d))
+plain(aten._softmax.default,            lambda g,y,a,d: y*(g - (g*y).sum(d, keepdim=True)))
+plain(aten._log_softmax.default,        lambda g,y,a,d: g - y.exp()*g.sum(d, keepdim=True))
+
+# %% ../nbs/11_rules.ipynb #84050682
+def embedding_back(g, y, w, i, pad, by_freq):
+    "Each row is the sum of what came to its word."
+    k = (i != pad).to(g.dtype)
+    if by_freq: k = k/often(i, w.shape[0])
+    return g.new_zeros(w.shape).index_add_(0, i.flatten(), rows(g*k[..., None]))
+
+def place(g, at, shape, ndim):
+    "`g` to places that count through the last `ndim` dimensions."
+    return g.new_zeros(shape).flatten(-ndim).scatter_add_(-1, at.flatten(-ndim), g.flatten(-ndim)).reshape(shape)
+
+def nll_back(g, y, a, t, w, reduction, ignore):
+    "Minus the class's weight where the class is; nothing where it is to be ignored."
+    d = 0 if a.ndim == 1 else 1                                    # the dimension of classes
+    seen,t = t != ignore,torch.where(t == ignore, 0, t)
+    counts = seen.to(a.dtype) if w is None else seen*w[t]
+    each = g[0]*counts/(counts.sum() if reduction == 1 else 1)
+    return g[0].new_zeros(a.shape).scatter_(d, t.unsqueeze(d), -each.unsqueeze(d))
+
+#     y = op(a, ...)                    dL/da
+plain(aten.embedding.default,           embedding_back)
+plain((aten.max_pool2d_with_indices.default, aten.adaptive_max_pool2d.default, aten.fractional_max_pool2d.default),
+                                        lambda g,y,a: place(g[0], y[1], a.shape, 2))
+plain((aten.max_pool3d_with_indices.default, aten.adaptive_max_pool3d.default, aten.fractional_max_pool3d.default),
+                                        lambda g,y,a: place(g[0], y[1], a.shape, 3))
+plain((aten.nll_loss_forward.default, aten.nll_loss2d_forward.default), nll_back)
+
+# %% ../nbs/11_rules.ipynb #a214e29a
+solve,triangular = torch.linalg.solve,torch.linalg.solve_triangular
+def half(a, upper, unit): return a.triu(int(unit)) if upper else a.tril(-int(unit))
+def less(gb, y, left): return -(gb @ y.mH if left else y.mH @ gb)
+
+def solve_back(need, g, y, a, b, left):
+    if b.ndim == 1 or b.shape == a.shape[:-1]:
+        gb = solve(a.mH, g[0].unsqueeze(-1))
+        return less(gb, y[0].unsqueeze(-1), True),gb.squeeze(-1)
+    gb = solve(a.mH, g[0], left=left)
+    return less(gb, y[0], left),gb
+
+def triangular_back(need, g, y, a, b, upper, left, unit):
+    gb = triangular(a.mH, g, upper=not upper, left=left, unitriangular=unit)
+    return half(less(gb, y, left), upper, unit),gb
+
+def old_triangular_back(need, g, y, b, a, upper, trans, unit):
+    gb = triangular(conj(a) if trans else a.mH, g[0], upper=upper == trans, unitriangular=unit)
+    ga = less(gb, y[0], True)
+    return gb,half(ga.mT if trans else ga, upper, unit) + g[1]
+
+def cholesky_solve_back(need, g, y, b, a, upper):
+    gb = aten.cholesky_solve(g, a, upper)
+    s = gb @ y.mH
+    s = s + s.mH
+    return gb,-(a @ s) if upper else -(s @ a)
+
+def cholesky_inverse_back(g, y, a, upper):
+    s = y @ (g + g.mH) @ y
+    return -(a @ s) if upper else -(s @ a)
+
+def lu_solve_back(need, g, y, lu, pivots, b, left, adjoint):
+    "The factors of a y = b, by way of a = p l u."
+    p,l,u = torch.lu_unpack(lu, pivots)
+    gb = torch.linalg.lu_solve(lu, pivots, g, left=left, adjoint=not adjoint)
+    ga = less(gb, y, left)
+    ga = p.mT @ (ga.mH if adjoint else ga)
+    return (ga @ u.mH).tril(-1) + (l.mH @ ga).triu(),None,gb
+
+rule(aten._linalg_solve_ex.default,        together=solve_back)
+rule(aten.linalg_solve_triangular.default, together=triangular_back)
+rule(aten.triangular_solve.default,        together=old_triangular_back)
+rule(aten.cholesky_solve.default,          together=cholesky_solve_back)
+rule(aten.linalg_lu_solve.default,         together=lu_solve_back, inputs=(0, 2))
+#    y = op(a)                             dL/da
+rule(aten.inverse.default,                 lambda g,y: -(y.mH @ g @ y.mH))
+rule(aten.linalg_inv_ex.default,           lambda g,y: -(y[0].mH @ g[0] @ y[0].mH))
+rule(aten.cholesky_inverse.default,        cholesky_inverse_back)
+
+# %% ../nbs/11_rules.ipynb #8bcb8386
+def diagonal(v, a):
+    "The numbers `v` on the diagonal of matrices like `a`."
+    return torch.diag_embed(v[..., None].expand(a.shape[:-1]).to(a.dtype))
+
+def det_back(g, y, a):
+    g = g[0]
     if not a.numel(): return flat(a)
-    if (det != 0).all(): return solve_H(a, torch.diag_embed((g*conj(det))[..., None].expand(a.shape[:-1])))
+    if (y[0] != 0).all(): return solve(a.mH, diagonal(g*conj(y[0]), a))
     u,s,vh = torch.linalg.svd(a)
     turn = conj(torch.linalg.det(u)*torch.linalg.det(vh))
     return u @ torch.diag_embed((g*turn)[..., None]*others(s, -1)) @ vh
@@ -825,155 +1027,147 @@ def det_back(g, det, a):
 def slogdet_back(g, y, a):
     "The log of the size moves with a^-H; the sign of a complex determinant with its angle."
     turn,size = g[0],g[1]
-    if a.is_complex(): size = size - 1j*(turn.conj()*y[0]).imag
-    return solve_H(a, torch.diag_embed(size[..., None].expand(a.shape[:-1]).to(a.dtype)))
+    return solve(a.mH, diagonal(size - 1j*(turn.conj()*y[0]).imag if a.is_complex() else size, a))
+
+def matrix_exp_back(g, y, a):
+    "The derivative stands in the corner of the exponential of twice the size, Al-Mohy and Higham (2009)."
+    n,a = a.shape[-1],a.mH
+    both = torch.cat([torch.cat([a, g], -1), torch.cat([torch.zeros_like(a), a], -1)], -2)
+    return torch.matrix_exp(both)[..., :n, n:]
+
+#    y = op(a, ...)                        dL/da
+rule(aten._linalg_det.default,             det_back)
+rule(aten._linalg_slogdet.default,         slogdet_back)
+rule(aten.linalg_matrix_exp.default,       matrix_exp_back)
+rule(aten.linalg_cross.default,            lambda g,y,a,b,dim: torch.linalg.cross(conj(b), g, dim=dim),
+#                                          dL/db
+                                           lambda g,y,a,b,dim: torch.linalg.cross(g, conj(a), dim=dim))
+
+# %% ../nbs/11_rules.ipynb #d52d64ab
+def eye(n, a): return torch.eye(n, dtype=a.dtype, device=a.device)
 
 def cholesky_back(g, l, upper):
     "Murray (2016), Differentiation of the Cholesky decomposition, eq. 8."
     if upper: g,l = g.mH,l.mH
     s = (l.mH @ g).tril()
-    s = .5*(s + s.tril(-1).mH)
-    s = torch.linalg.solve_triangular(l.mH, s, upper=True)
-    return sym(torch.linalg.solve_triangular(l, s, upper=False, left=False))
+    s = triangular(l.mH, s + s.tril(-1).mH, upper=True)
+    s = triangular(l, .5*s, upper=False, left=False)
+    return .5*(s + s.mH)
 
-def eigh_back(gl, gv, l, v):
-    "Giles (2008), section 3.1; equal eigenvalues have no derivative of their vectors."
-    gap = l[..., None, :] - l[..., :, None]
-    gap = gap + torch.diag_embed(torch.full_like(l, math.inf))
-    return v @ (torch.diag_embed(gl).to(v.dtype) + .5*skew(v.mH @ gv)/gap) @ v.mH
-
-def eig_back(gl, gv, l, v):
-    "As for eigh, but the vectors, of length 1, are not at right angles."
-    one = torch.eye(l.shape[-1], dtype=v.dtype, device=v.device)
-    gap = l.conj()[..., None, :] - l.conj()[..., :, None] + one
-    vg = v.mH @ gv
-    inner = vg - v.mH @ v @ torch.diag_embed(vg.diagonal(dim1=-2, dim2=-1).real.to(v.dtype))
-    return solve_H(v, (torch.diag_embed(gl) + inner*(1-one)/gap) @ v.mH)
-
-def svd_back(gu, gs, gv, u, s, vh, full):
-    "Townsend (2016), Differentiating the singular value decomposition."
-    m,n,k = u.shape[-2],vh.shape[-1],s.shape[-1]
-    u,vh,gu,gv = u[..., :k],vh[..., :k, :],gu[..., :k],gv[..., :k, :]
-    v,gv = vh.mH,gv.mH
-    e = s[..., None, :]**2 - s[..., :, None]**2
-    e = e + torch.diag_embed(torch.full_like(s, math.inf))
-    def over(a, b): return torch.where(a == 0, 0, a/b)          # nothing stays nothing, also where singular values are equal
-    a,b = u.mH @ gu,v.mH @ gv
-    inner = over(skew(a), e)*s[..., None, :] + s[..., :, None]*over(skew(b), e) + torch.diag_embed(gs).to(u.dtype)
-    if u.is_complex(): inner = inner + torch.diag_embed(over(1j*a.diagonal(dim1=-2, dim2=-1).imag, s))
-    out = u @ inner @ vh
-    if m > k: out = out + over(gu - u @ a, s[..., None, :]) @ vh
-    if n > k: out = out + u @ over(gv - v @ b, s[..., None, :]).mH
-    return out
-
-def qr_back(gq, gr, q, r, mode):
+def qr_back(g, y, a, mode):
     "Walter and Lehmann (2010); wide matrices by their square part."
-    if mode == 'r': unknown('linalg_qr with mode r')
-    if mode == 'complete' and q.shape[-2] > r.shape[-1]: unknown('linalg_qr with mode complete')
-    k,n = r.shape[-2:]
-    if n > k:
-        gr1,gr2,r1,r2 = gr[..., :k],gr[..., k:],r[..., :k],r[..., k:]
-        a2 = q @ r2
-        left = qr_back(gq + a2 @ gr2.mH, gr1, q, r1, 'reduced')
-        return torch.cat([left, q @ gr2], -1)
+    q,r,gq,gr = y[0],y[1],g[0],g[1]
+    if mode == 'r' or mode == 'complete' and q.shape[-2] > r.shape[-1]: unknown(f'linalg_qr with mode {mode}')
+    k = r.shape[-2]
+    gq,r,gr,rest = gq + q @ r[..., k:] @ gr[..., k:].mH,r[..., :k],gr[..., :k],q @ gr[..., k:]
     m = r @ gr.mH - gq.mH @ q
     low = m.tril(-1)
-    copy = low + low.mH + torch.diag_embed(m.diagonal(dim1=-2, dim2=-1).real.to(m.dtype))
-    return torch.linalg.solve_triangular(r.mH, gq + q @ copy, upper=False, left=False)
+    m = low + low.mH + torch.diag_embed(real(m.diagonal(dim1=-2, dim2=-1)).to(m.dtype))
+    return torch.cat([triangular(r.mH, gq + q @ m, upper=False, left=False), rest], -1)
 
-def matrix_exp_back(g, a):
-    "The derivative stands in the corner of the exponential of twice the size, Al-Mohy and Higham (2009)."
-    n = a.shape[-1]
-    a = a.mH
-    both = torch.cat([torch.cat([a, g], -1), torch.cat([torch.zeros_like(a), a], -1)], -2)
-    return torch.matrix_exp(both)[..., :n, n:]
+def lu_back(gl, gu, p, l, u):
+    "a = p l u; l has ones on its diagonal. After Giles (2008); what is tall of l or wide of u only follows the square part."
+    m,n = l.shape[-2],u.shape[-1]
+    k = min(m, n)
+    (l,low),(u,wide),(gl,glow),(gu,gwide) = (t.split([k, t.shape[d]-k], d) for t,d in ((l, -2), (u, -1), (gl, -2), (gu, -1)))
+    inner = (l.mH @ gl - gwide @ wide.mH).tril(-1) + (gu @ u.mH - low.mH @ glow).triu()
+    def past_l(x): return triangular(l.mH, x, upper=True, unitriangular=True)
+    def past_u(x): return triangular(u.mH, x, upper=False, left=False)
+    square = past_l(past_u(inner))
+    return p @ (torch.cat([square, past_l(gwide)], -1) if n > k else torch.cat([square, past_u(glow)], -2))
 
-def solve_back(g, y, a, b, left):
-    "a y = b: dL/db = a^-H g, dL/da = - dL/db y^H"
-    vector = b.ndim == 1 or b.ndim == a.ndim-1 and b.shape == a.shape[:-1]
-    gb = torch.linalg.solve(a.mH, g, left=left) if not vector else torch.linalg.solve(a.mH, g.unsqueeze(-1)).squeeze(-1)
-    if vector: return -gb[..., :, None]*conj(y)[..., None, :],gb
-    return -(gb @ y.mH if left else y.mH @ gb),gb
+def lu_factor_back(g, y, a):
+    k = min(y[0].shape[-2:])
+    return lu_back(g[0][..., :k].tril(-1), g[0][..., :k, :].triu(), *torch.lu_unpack(y[0], y[1]))
 
-def triangular_back(g, y, a, upper, left, unit):
-    gb = torch.linalg.solve_triangular(a.mH, g, upper=not upper, left=left, unitriangular=unit)
-    ga = -(gb @ y.mH if left else y.mH @ gb)
-    return (ga.triu(int(unit)) if upper else ga.tril(-int(unit))),gb
+def lu_unpack_back(g, y, a):
+    "l and u in one matrix, where the smaller of them leaves room."
+    m,n = a.shape[-2:]
+    pad = torch.nn.functional.pad
+    return pad(g[1].tril(-1), (0, max(n-m, 0))) + pad(g[2].triu(), (0, 0, 0, max(m-n, 0)))
 
-def old_triangular_back(g, y, a, upper, trans, unit):
-    gb = torch.linalg.solve_triangular(conj(a) if trans else a.mH, g, upper=upper if trans else not upper, unitriangular=unit)
-    ga = -(conj(y) @ gb.mT if trans else gb @ y.mH)
-    return (ga.triu(int(unit)) if upper else ga.tril(-int(unit))),gb
+#    y = op(a, ...)                        dL/da
+rule(aten.cholesky.default,                lambda g,y,a,upper: cholesky_back(g, y, upper))
+rule(aten.linalg_cholesky_ex.default,      lambda g,y,a,upper: cholesky_back(g[0], y[0], upper))
+rule(aten.linalg_qr.default,               qr_back)
+rule(aten.linalg_lu.default,               lambda g,y,a,pivot: lu_back(g[1], g[2], y[0] if pivot else eye(a.shape[-2], g[1]), y[1], y[2]))
+rule(aten.linalg_lu_factor_ex.default,     lu_factor_back)
+rule(aten.lu_unpack.default,               lu_unpack_back, None)
 
-def cholesky_solve_back(g, y, a, upper):
-    s = aten.cholesky_solve(g, a, upper) @ y.mH
-    s = s + s.mH
-    return -(a @ s) if upper else -(s @ a)
+# %% ../nbs/11_rules.ipynb #d2aa1b42
+def over(x, gap):
+    "x/gap; nothing stays nothing, also where there is no gap."
+    return x/torch.where((x == 0) & (gap == 0), 1, gap)
 
-def cholesky_inverse_back(g, y, a, upper):
-    s = y @ (g + g.mH) @ y
-    return -(a @ s) if upper else -(s @ a)
+def over_gaps(x, l):
+    "Entries of x over the gaps l_j - l_i; none on the diagonal."
+    one = eye(l.shape[-1], l)
+    return over(x*(1-one), l[..., None, :] - l[..., :, None] + one)
 
+def eigh_back(g, y):
+    "Giles (2008), section 3.1."
+    l,v = y[0],y[1]
+    turn = v.mH @ g[1]
+    return v @ (torch.diag_embed(g[0]).to(v.dtype) + .5*over_gaps(turn - turn.mH, l)) @ v.mH
+
+def eig_back(g, y):
+    "As for eigh, but the vectors, of length 1, are not at right angles."
+    l,v = y[0],y[1]
+    turn = v.mH @ g[1]
+    turn = turn - v.mH @ v*real(turn.diagonal(dim1=-2, dim2=-1))[..., None, :]
+    return solve(v.mH, (torch.diag_embed(g[0]) + over_gaps(turn, conj(l))) @ v.mH)
+
+def svd_back(g, y):
+    "Townsend (2016), Differentiating the singular value decomposition."
+    k = y[1].shape[-1]
+    u,s,v = y[0][..., :k],y[1],y[2].mH[..., :k]
+    gu,gs,gv = g[0][..., :k],g[1],g[2].mH[..., :k]
+    a,b,row = u.mH @ gu,v.mH @ gv,s[..., None, :]
+    inner = over_gaps(a - a.mH, s*s)*row + row.mT*over_gaps(b - b.mH, s*s) + torch.diag_embed(gs)
+    if u.is_complex(): inner = inner + torch.diag_embed(over(1j*a.diagonal(dim1=-2, dim2=-1).imag, s))
+    out = u @ inner @ v.mH
+    if u.shape[-2] > k: out = out + over(gu - u @ a, row) @ v.mH
+    if v.shape[-2] > k: out = out + u @ over(gv - v @ b, row).mH
+    return out
+
+#    y = op(a, ...)                        dL/da
+rule(aten._linalg_eigh.default,            eigh_back)
+rule(aten.linalg_eig.default,              eig_back)
+rule(aten._linalg_svd.default,             svd_back)
+
+# %% ../nbs/11_rules.ipynb #3294c51c
 def pinv_back(g, p, a):
     "Golub and Pereyra (1973), eq. 4.12."
-    left,right = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device) - a @ p,torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - p @ a
-    return -(p.mH @ g @ p.mH) + left @ g.mH @ p @ p.mH + p.mH @ p @ g.mH @ right
+    unreached,unseen = eye(a.shape[-2], a) - a @ p,eye(a.shape[-1], a) - p @ a
+    return unreached @ g.mH @ p @ p.mH + p.mH @ p @ g.mH @ unseen - p.mH @ g @ p.mH
 
-def lstsq_back(g, y, a, b):
-    "The solution is pinv(a) b; at the minimum the residuals do not feel it."
+def lstsq_back(need, g, y, a, b):
     p = torch.linalg.pinv(a)
     ga,gb = pinv_back(g[0] @ b.mH, p, a),p.mH @ g[0]
     if not g[1].numel(): return ga,gb
     r = 2*(b - a @ y[0])*g[1][..., None, :]
     return ga - r @ y[0].mH,gb + r
 
-def lu_factor_back(g, lu, pivots, pivot):
-    p,l,u = torch.lu_unpack(lu, pivots)
-    k = min(lu.shape[-2:])
-    return lu_back(g[..., :k].tril(-1), g[..., :k, :].triu(), p, l, u, True)
-
-def lu_back(gl, gu, p, l, u, pivot):
-    "a = p l u; l has ones on its diagonal. After Giles (2008), for tall and wide matrices by their square part."
-    m,n = l.shape[-2],u.shape[-1]
-    k = min(m, n)
-    l1,u1,gl1,gu1 = l[..., :k, :],u[..., :k],gl[..., :k, :],gu[..., :k]
-    inner = (l1.mH @ gl1).tril(-1) + (gu1 @ u1.mH).triu()
-    if m > k: inner = inner - (l[..., k:, :].mH @ gl[..., k:, :]*0).tril(-1)
-    if n > k: inner = inner - (gu[..., k:] @ u[..., k:].mH).tril(-1)
-    if m > k: inner = inner - (l[..., k:, :].mH @ gl[..., k:, :]).triu()
-    a1 = torch.linalg.solve_triangular(l1.mH, inner, upper=True, unitriangular=True)
-    a1 = torch.linalg.solve_triangular(u1.mH, a1, upper=False, left=False)
-    if n > k: a1 = torch.cat([a1, torch.linalg.solve_triangular(l1.mH, gu[..., k:], upper=True, unitriangular=True)], -1)
-    if m > k: a1 = torch.cat([a1, torch.linalg.solve_triangular(u1.mH, gl[..., k:, :], upper=False, left=False)], -2)
-    return p @ a1 if pivot else a1
-
-def lu_solve_back(g, y, lu, pivots, left, adjoint):
-    "The factors of a y = b, by way of a = p l u."
-    p,l,u = torch.lu_unpack(lu, pivots)
-    gb = torch.linalg.lu_solve(lu, pivots, g, left=left, adjoint=not adjoint)
-    ga = -(gb @ y.mH if left else y.mH @ gb)
-    if adjoint: ga = ga.mH
-    return (p.mT @ ga @ u.mH).tril(-1) + (l.mH @ p.mT @ ga).triu()
+rule(aten.linalg_pinv.atol_rtol_tensor,    pinv_back)
+rule(aten.linalg_lstsq.default,            together=lstsq_back)
 
 # %% ../nbs/11_rules.ipynb #572dfbc1
-rule(aten._fft_c2c.default,                            lambda g,y,a,dims,norm,forward: aten._fft_c2c(g, dims, norm, not forward))
-rule(aten._fft_r2c.default,                            lambda g,y,a,dims,norm,onesided: aten._fft_c2c(padded(g, a.shape, dims[-1]) if onesided else g, dims, norm, False).real)
-rule(aten._fft_c2r.default,                            lambda g,y,a,dims,norm,n: c2r_back(g, a, dims, norm, n))
-
-def padded(g, shape, d):
+def r2c_back(g, y, a, dims, norm, onesided):
     "The frequencies that were not told get zero."
-    pad = [0]*(2*g.ndim)
-    pad[2*(g.ndim-1 - d % g.ndim) + 1] = shape[d]-g.shape[d]
-    return torch.nn.functional.pad(g, pad)
+    if onesided: g = torch.nn.functional.pad(g.movedim(dims[-1], -1), (0, a.shape[dims[-1]]-g.shape[dims[-1]])).movedim(-1, dims[-1])
+    return aten._fft_c2c(g, dims, norm, False).real
 
-def c2r_back(g, a, dims, norm, n):
+def c2r_back(g, y, a, dims, norm, n):
     "Frequencies that stand for two count twice."
-    gy = aten._fft_r2c(g, dims, norm, True)
     d = dims[-1] % a.ndim
     twice = torch.full((a.shape[d],), 2., dtype=g.dtype, device=g.device)
     twice[0] = 1
     if n % 2 == 0: twice[-1] = 1
-    return gy*twice.reshape([-1 if i == d else 1 for i in range(a.ndim)])
+    return aten._fft_r2c(g, dims, norm, True)*twice.reshape([-1 if i == d else 1 for i in range(a.ndim)])
+
+rule(aten._fft_c2c.default,             lambda g,y,a,dims,norm,forward: aten._fft_c2c(g, dims, norm, not forward))
+rule(aten._fft_r2c.default,             r2c_back)
+rule(aten._fft_c2r.default,             c2r_back)
 
 # %% ../nbs/11_rules.ipynb #4fb94744
 def constant(names:str):
@@ -987,29 +1181,14 @@ constant("""detach lift_fresh
     argmax argmin argsort nonzero count_nonzero searchsorted bucketize histc bincount unique_consecutive _unique2 unique_dim
     zeros ones empty empty_strided empty_permuted full arange linspace logspace eye scalar_tensor tril_indices triu_indices
     zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_empty_strided
-    rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal poisson binomial _standard_gamma _sample_dirichlet
+    rand randn randint randperm rand_like randn_like randint_like
+    bernoulli multinomial normal poisson binomial _standard_gamma _sample_dirichlet
     heaviside floor_divide _local_scalar_dense""")
 
 # %% ../nbs/11_rules.ipynb #f4a9c033
 def parts(op, f):
     "A row for an operator that is a word for others: `f(run, *args)` says it in these."
     RULES[op] = Rule(op, (), (), parts=f)
-
-#     operator                                   its parts
-parts(aten.conv1d.default,                       lambda run,x,w,b,*how: convolve(run, x, w, b, *how))
-parts(aten.conv2d.default,                       lambda run,x,w,b,*how: convolve(run, x, w, b, *how))
-parts(aten.conv3d.default,                       lambda run,x,w,b,*how: convolve(run, x, w, b, *how))
-parts(aten.batch_norm.default,                   lambda run,x,*args: run(aten.native_batch_norm.default, x, *args[:-1])[0] if x.ndim > 1 and x.numel() else NotImplemented)
-parts(aten.layer_norm.default,                   lambda run,x,shape,w,b,eps,_: run(aten.native_layer_norm.default, x, shape, w, b, eps)[0])
-parts(aten.max_pool2d.default,                   lambda run,x,*how: run(aten.max_pool2d_with_indices.default, x, *how)[0])
-parts(aten.log_softmax.int,                      lambda run,x,d,dtype: run(aten._log_softmax.default, cast(run, x, dtype), d, False))
-parts(aten.softmax.int,                          lambda run,x,d,dtype: run(aten._softmax.default, cast(run, x, dtype), d, False))
-parts(aten.cross_entropy_loss.default,           lambda run,*args: cross_entropy(run, *args))
-parts(aten._cdist_forward.default,               lambda run,a,b,p,_: run(aten.linalg_vector_norm.default, run(aten.sub.Tensor, run(aten.unsqueeze.default, a, -2), run(aten.unsqueeze.default, b, -3)), p, [-1]))
-parts(aten._pdist_forward.default,               lambda run,x,p: pairs(run, x, p, torch.triu_indices(len(x), len(x), 1, device=x.device)))
-parts(aten._trilinear.default,                   lambda run,a,b,c,*how: trilinear(run, a, b, c, *how))
-parts(aten.embedding_bag.padding_idx,            lambda run,w,i,at,freq,mode,_,each,last,pad: run(aten._embedding_bag.default, w, i.contiguous(), at.contiguous(), freq, mode, False, each, last, -1 if pad is None else pad % len(w)))
-parts(aten._embedding_bag_forward_only.default,  lambda run,w,i,*how: run(aten._embedding_bag.default, w, i, *how))
 
 def cast(run, x, dtype): return x if dtype in (None, x.dtype) else run(aten._to_copy.default, x, dtype=dtype)
 
@@ -1019,15 +1198,28 @@ def convolve(run, x, w, b, stride, pad, dilation, groups):
     if x.ndim != n+2 or len(pad) not in (1, n): return NotImplemented
     return run(aten.convolution.default, x, w, b, stride, pad, dilation, False, [0]*n, groups)
 
+def batch_norm(run, x, *args):
+    if x.ndim < 2 or not x.numel(): return NotImplemented
+    return run(aten.native_batch_norm.default, x, *args[:-1])[0]
+
 def cross_entropy(run, x, targ, weight, reduction, ignore, smoothing):
     "The usual case: a batch of scores, and classes."
     if x.ndim != 2 or targ.ndim != 1 or targ.is_floating_point() or smoothing: return NotImplemented
     return run(aten.nll_loss_forward.default, run(aten._log_softmax.default, x, 1, False), targ, weight, reduction, ignore)[0]
 
-def pairs(run, x, p, at):
+def bag(run, w, i, at, by_freq, mode, sparse, each, last, pad):
+    pad = -1 if pad is None else pad % len(w)
+    return run(aten._embedding_bag.default, w, i.contiguous(), at.contiguous(), by_freq, mode, False, each, last, pad)
+
+def distance_of(run, a, b, p): return run(aten.linalg_vector_norm.default, run(aten.sub.Tensor, a, b), p, [-1])
+
+def all_to_all(run, a, b, p, mode):
+    return distance_of(run, run(aten.unsqueeze.default, a, -2), run(aten.unsqueeze.default, b, -3), p)
+
+def pairs(run, x, p):
     "The distances of all pairs of rows."
-    a,b = (run(aten.index_select.default, x, 0, i) for i in at)
-    return run(aten.linalg_vector_norm.default, run(aten.sub.Tensor, a, b), p, [-1])
+    at = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return distance_of(run, *[run(aten.index_select.default, x, 0, i) for i in at], p)
 
 def trilinear(run, a, b, c, i, j, k, dims, _):
     "The sum over `dims` of a product of three, each repeated over some dimensions of its own."
@@ -1035,3 +1227,20 @@ def trilinear(run, a, b, c, i, j, k, dims, _):
     for d in j: b = run(aten.unsqueeze.default, b, d)
     for d in k: c = run(aten.unsqueeze.default, c, d)
     return run(aten.sum.dim_IntList, run(aten.mul.Tensor, run(aten.mul.Tensor, a, b), c), dims)
+
+#     operator                          its parts
+parts(aten.conv1d.default,              convolve)
+parts(aten.conv2d.default,              convolve)
+parts(aten.conv3d.default,              convolve)
+parts(aten.batch_norm.default,          batch_norm)
+parts(aten.layer_norm.default,          lambda run,x,shape,w,b,eps,_: run(aten.native_layer_norm.default, x, shape, w, b, eps)[0])
+parts(aten.max_pool2d.default,          lambda run,x,*how: run(aten.max_pool2d_with_indices.default, x, *how)[0])
+parts(aten.softmax.int,                 lambda run,x,d,dtype: run(aten._softmax.default, cast(run, x, dtype), d, False))
+parts(aten.log_softmax.int,             lambda run,x,d,dtype: run(aten._log_softmax.default, cast(run, x, dtype), d, False))
+parts(aten.cross_entropy_loss.default,  cross_entropy)
+parts(aten.embedding_bag.padding_idx,   bag)
+parts(aten._embedding_bag_forward_only.default,
+                                        lambda run,w,i,*how: run(aten._embedding_bag.default, w, i, *how))
+parts(aten._cdist_forward.default,      all_to_all)
+parts(aten._pdist_forward.default,      pairs)
+parts(aten._trilinear.default,          trilinear)

@@ -217,6 +217,18 @@ def test_nothing_is_left_behind_after_an_error():
     (x*x).sum().backward()
     assert torch.equal(x.grad, 2*x.detach())
 
+@pytest.mark.parametrize('often', [False, True])
+@pytest.mark.parametrize('pad', [None, 1])
+def test_a_row_of_an_embedding_counts_how_often_it_came(often, pad):
+    i, w = torch.tensor([[0, 1, 1], [3, 3, 3]]), normal(4, 3)
+    same(lambda w: F.embedding(i, w, pad, scale_grad_by_freq=often).sin(), w)
+    def bag(w): return F.embedding_bag(i, w, None, None, 2, often, 'sum', padding_idx=pad).sin()
+    def unpacked(w):
+        rows = F.embedding(i, w, pad, scale_grad_by_freq=often)
+        return (rows if pad is None else rows*(i != pad)[..., None]).sum(1).sin()
+    a, b = (value_and_grad(lambda w, f=f: f(w).sum())(w)[1][0] for f in (bag, unpacked))       # PyTorch's bag takes the counts of other words
+    torch.testing.assert_close(a, b)
+
 # -- asking
 
 def test_none_is_not_zero():
