@@ -27,7 +27,7 @@ __all__ = ['PASSAGE', 'TORCH', 'Tape', 'learns', 'accumulate', 'tape_of', 'with_
 
 # %% ../nbs/13_autograd.ipynb #7e64cf01
 class Tape(engine_room.Tape):
-    "Records what is computed inside `with Tape() as tape:`, to walk back through it; whoever asks PyTorch for gradients there asks the tape."
+    "Records what is computed inside `with Tape() as tape:`, to walk back; who asks PyTorch for gradients there asks the tape."
     def __init__(self,
         follow=None, # which tensors from outside are followed, `follow(x)`; None: all but frozen parameters
         model=None,  # a module whose parts give the recorded operators their names
@@ -50,12 +50,13 @@ def learns(x): return x.requires_grad
 @patch
 def backward(self:Tape, ys, retain=False, create_graph=False, inputs=None):
     "Add the gradient of `ys` = [(y, g), ...] to the `grad` of every tensor with `requires_grad` that they depend on, or of `inputs`."
-    taken,xs = {g.data_ptr() for _,g in ys if g is not None},None if inputs is None else {s.node: (x, s.i) for x in inputs if (s := self.asked(x, ys))}
+    taken = {g.data_ptr() for _,g in ys if g is not None}
+    xs = None if inputs is None else {e.node: (x, e.i) for x in inputs if (e := self.asked(x, ys))}
     def learnt(n): return n.leaf is not None and (x := n.leaf()) is not None and x.requires_grad
     def arrived(n, gs):
         if xs is not None: accumulate(xs[n][0], gs.get(xs[n][1]), taken)
         elif learnt(n): accumulate(n.leaf(), gs[0], taken)
-    asked = xs.__contains__ if xs is not None else None if self.follow is learns else learnt
+    asked = xs.__contains__ if xs is not None else None if self.follow is learns else lambda n: learnt(n) or n.rule is PASSAGE
     with Aside(self, create_graph): self.walk(ys, asked, arrived, retain or create_graph)
 
 def accumulate(x, g, taken):
@@ -87,7 +88,8 @@ def backward_here(tensors, grad_tensors=None, retain_graph=None, create_graph=Fa
     ys = listed(tensors)
     if tape := tape_of(ys):
         return tape.backward(with_seeds(ys, grad_tensors), bool(retain_graph), create_graph, None if inputs is None else listed(inputs))
-    if any(y.requires_grad for y in ys) or not open_tapes(): return TORCH.backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+    if any(y.requires_grad for y in ys) or not open_tapes():
+        return TORCH.backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
     raise RuntimeError(f'backward: no open tape recorded this tensor {tuple(ys[0].shape)}, or it depends on constants only; '
                        'compute it inside the tape, not under no_grad, from tensors that it follows')
 
@@ -133,8 +135,8 @@ class Context:
 
     @property
     def saved_tensors(self):
-        if [k is not None and k._version for k in self.kept] != self.versions: raise RuntimeError('Function: a tensor that it saved was changed in place afterwards; change a clone()')
-        return tuple(self.kept)
+        if [k is not None and k._version for k in self.kept] == self.versions: return tuple(self.kept)
+        raise RuntimeError(f'{self.function.__name__}: a tensor that it saved was changed in place afterwards; change a clone()')
 
 def apply_here(cls, *args, **kwargs):
     "`Function.apply` on every open tape: forward is not listened to, backward is the rule."
@@ -206,22 +208,22 @@ PASSAGE = Rule('hooks of a module', (), (0,), passage_back, several=True)
 def get_hooks_here(self):
     "`Module._get_backward_hooks`: those of the old kind do not act on a tape."
     full,old = TORCH.get_hooks(self)
-    if old and open_tapes(): raise NotImplementedError('register_backward_hook: hooks of this old kind do not act on a tape; use register_full_backward_hook')
-    return full,old
+    if not old or not open_tapes(): return full,old
+    raise NotImplementedError('register_backward_hook: hooks of this old kind do not act on a tape; use register_full_backward_hook')
 
 # %% ../nbs/13_autograd.ipynb #925a9073
 class Torch:
     "PyTorch's own words. The first tape puts others in their places, which ask an open tape first and else say the same."
     def __init__(self):
+        self.taught,self.get_hooks = False,torch.nn.Module._get_backward_hooks
         self.backward,self.grad,self.apply = torch.autograd.backward,torch.autograd.grad,Function.__dict__['apply'].__func__
         self.register_hook,self.retain_grad,self.on_tensors = Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors
-        self.get_hooks = torch.nn.Module._get_backward_hooks
 
-    @cache
     def teach(self):
+        if self.taught: return
+        self.taught,torch.nn.Module._get_backward_hooks = True,get_hooks_here
         torch.autograd.backward,torch.autograd.grad,Function.apply = backward_here,grad_here,classmethod(apply_here)
         Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors = register_hook_here,retain_grad_here,on_tensors_here
-        torch.nn.Module._get_backward_hooks = get_hooks_here
 
 TORCH = Torch()
 
@@ -286,9 +288,19 @@ def check(what, f, xs, rtol, atol):
         off = (g-want).abs() - rtol*want.abs().max()
         if off.numel() and off.max() > atol:
             at = tuple(int(o) for o in torch.unravel_index(off.argmax(), x.shape))
-            raise ValueError(f'gradcheck: {what} of input {i} at {list(at)}: the tape says {g[at]:.8g}, differences say {want[at]:.8g}')
+            raise ValueError(f'gradcheck: {what} of input {i} at {list(at)}: '
+                             f'the tape says {g[at]:.8g}, differences say {want[at]:.8g}')
 
 # %% ../nbs/13_autograd.ipynb #85f5a2c0
+@patch
+def caller(self:Tape)->str:
+    "The name of the innermost module of the model that is at work: whose method is being called?"
+    frame = sys._getframe(1)
+    while frame:
+        if name := self.names.get(id(frame.f_locals.get('self'))): return name
+        frame = frame.f_back
+    return ''
+
 @patch
 def nodes(self:Tape)->dict:
     "{node: the shape of its output} of the operators that led to the last tensor computed, in their order."

@@ -19,9 +19,9 @@ from .rules import RULES, Rule, aten, tensors
 
 # %% auto #0
 __all__ = ['VERSIONS', 'COMPOSITE', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'RECURRENT', 'NONE', 'TWINS', 'FORGETS',
-           'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like', 'listed', 'Node', 'double', 'Tape', 'caller',
-           'versions', 'writes', 'decomposition', 'NoRules', 'Grads', 'fit', 'hooked', 'leading', 'open_tapes', 'Aside',
-           'seed', 'twin', 'places', 'memory', 'rest', 'put']
+           'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like', 'listed', 'Node', 'double', 'Tape', 'versions',
+           'writes', 'decomposition', 'NoRules', 'Grads', 'fit', 'hooked', 'leading', 'open_tapes', 'Aside', 'seed',
+           'twin', 'places', 'memory', 'rest', 'put']
 
 # %% ../nbs/12_tape.ipynb #44df3dc3
 class Edge:
@@ -81,7 +81,7 @@ def double(x):
 # %% ../nbs/12_tape.ipynb #388dc17a
 class Tape(TorchDispatchMode):
     "Records what is computed inside `with Tape() as tape:`, to walk back through it."
-    names = {}     # {id of a module: its name}, for who wants to know where operators were called
+    names = {}     # {id of a module: its name}, for who wants to know which of them called an operator
     def __init__(self,
         follow=None, # which tensors from outside are followed, `follow(x)`; None: all but frozen parameters
     ):
@@ -126,7 +126,7 @@ def record(self:Tape, rule, args, y)->Node|None:
     if node:
         if node.keep.y: node.keep_outputs(ys)
         if rule.several: node.like = [like(o) for o in ys]
-        if self.names: node.where = caller(self.names)
+        if self.names: node.where = self.caller()
     for i,o in enumerate(ys):
         if is_float(o) and not getattr(o, self.key, None):      # else it is an input
             edge = Edge(o, node, i, was)
@@ -144,14 +144,6 @@ def parents(self:Tape, rule, args)->list:
         if edge: found.append((i, edge))
     return found
 
-def caller(names)->str:
-    "The name of the innermost module at work: whose method is being called?"
-    frame = sys._getframe(1)
-    while frame:
-        if name := names.get(id(frame.f_locals.get('self'))): return name
-        frame = frame.f_back
-    return ''
-
 @patch
 def base_edge(self:Tape, x)->Edge|None:
     "The edge of what `x` is a view of, or its own."
@@ -165,7 +157,7 @@ def source(self:Tape, x)->Edge|list|None:
     if not is_float(x): return None
     edge = getattr(x, self.key, None)
     if not edge: edge = self.meet(x)
-    elif edge.was and x._base is not None and getattr(x._base, self.key) is not edge.was: edge = self.look_again(x)
+    elif edge.was and x._base is not None and self.base_edge(x) is not edge.was: edge = self.look_again(x)
     if edge.node: return edge
     return self.watch(x) if x.requires_grad else None      # it was made inside, and is to be learnt
 
