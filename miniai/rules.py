@@ -12,23 +12,24 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'Rule', 'rule', 'overloads', 'tensors',
-           'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times', 'slope', 'unless', 'at_least', 'at_most', 'flat',
-           'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat',
-           'unrepeat', 'put_back', 'blank', 'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread',
-           'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back',
-           'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x',
-           'linear_w', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back',
+           'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times', 'slope', 'unless', 'nonzero', 'at_least',
+           'at_most', 'flat', 'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse',
+           'uncat', 'unrepeat', 'put_back', 'blank', 'unfold_back', 'extent', 'strided_back', 'listed', 'size',
+           'spread', 'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back', 'others', 'prod_back',
+           'norm_back', 'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b',
+           'linear_x', 'linear_w', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back',
            'product_weights', 'index_reduce_back', 'conv_back', 'batch_norm_back', 'batch_norm_update_back',
-           'layer_norm_back', 'group_norm_back', 'attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint',
-           'shapes', 'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w',
+           'layer_norm_back', 'group_norm_back', 'came', 'attention_back', 'often', 'bag_rows', 'bag_weights',
+           'adjoint', 'shapes', 'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w',
            'but_channels', 'norm', 'unnorm', 'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x',
-           'batch_norm_w', 'group_norm_x', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope', 'glu_back',
-           'embedding_back', 'place', 'nll_back', 'half', 'less', 'solve_back', 'triangular_back',
-           'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back', 'lu_solve_back', 'diagonal',
-           'det_back', 'slogdet_back', 'matrix_exp_back', 'eye', 'cholesky_back', 'qr_back', 'lu_back',
-           'lu_factor_back', 'lu_unpack_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back',
-           'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy',
-           'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear']
+           'batch_norm_w', 'group_norm_x', 'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s',
+           'gelu_slope', 'glu_back', 'embedding_back', 'place', 'nll_back', 'multi_margin_back',
+           'multilabel_margin_back', 'half', 'less', 'solve_back', 'triangular_back', 'old_triangular_back',
+           'cholesky_solve_back', 'cholesky_inverse_back', 'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back',
+           'matrix_exp_back', 'eye', 'cholesky_back', 'qr_back', 'lu_back', 'lu_factor_back', 'lu_unpack_back',
+           'linalg_lu_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back', 'lstsq_back',
+           'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy', 'bag',
+           'distance_of', 'all_to_all', 'pairs', 'trilinear']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -187,6 +188,10 @@ def unless(corner, x):
     "`x`, and 0 at the corners, where the formula has no value."
     return torch.where(corner, 0, x)
 
+def nonzero(x):
+    "`x`, and 1 where it is 0: what nothing is to be divided by."
+    return torch.where(x == 0, 1, x)
+
 # %% ../nbs/11_rules.ipynb #4f7a858d
 #     y = op(a)                         dy/da
 slope(aten.neg.default,                 lambda y: -1)
@@ -229,8 +234,8 @@ slope(aten.digamma.default,             lambda y,a: torch.polygamma(1, a))
 slope(aten.polygamma.default,           None, lambda y,n,a: torch.polygamma(n+1, a))
 slope(aten.i0.default,                  lambda y,a: torch.special.i1(a))
 slope(aten.special_i0e.default,         lambda y,a: torch.special.i1e(a) - a.sgn()*y)
-slope(aten.special_i1.default,          lambda y,a: torch.where(a == 0, .5, torch.special.i0(a) - y/a))
-slope(aten.special_i1e.default,         lambda y,a: torch.where(a == 0, .5, torch.special.i0e(a) - y*(a.sgn() + 1/a)))
+slope(aten.special_i1.default,          lambda y,a: torch.where(a == 0, .5, torch.special.i0(a) - y/nonzero(a)))
+slope(aten.special_i1e.default,         lambda y,a: torch.where(a == 0, .5, torch.special.i0e(a) - y*(a.sgn() + 1/nonzero(a))))
 
 # %% ../nbs/11_rules.ipynb #530bbd81
 def at_least(a, lo): return True if lo is None else a >= lo
@@ -455,7 +460,7 @@ def var_back(g, a, dims, correction, keepdim):
     n = size(a.shape, dims) - (1 if correction is None else correction)
     return spread(g*(2/n if n > 0 else math.nan), a.shape, dims, keepdim)*(a - a.mean(listed(dims, a.ndim), keepdim=True))
 
-def sqrt_back(g, y): return unless(y == 0, g/(2*y))
+def sqrt_back(g, y): return unless(y == 0, g/(2*nonzero(y)))
 
 #    y = op(a, dims, ...)               dL/da
 rule(aten.sum.default,                  lambda g,y,a: g.expand(a.shape))
@@ -523,7 +528,7 @@ def norm_back(g, y, a, p, dims, keepdim):
     if p == 1: return g*a.sgn()
     if p == 2: return g*unless(y == 0, a/y)
     if abs(p) == math.inf: return share(g*a.sgn(), y, a.abs(), dims, True)
-    return g*unless((y == 0) | (a == 0), a.sgn()*(a.abs()/y)**(p-1))
+    return g*a.sgn()*(nonzero(a.abs())/nonzero(y))**(p-1)
 
 def later(g, d):
     "The running sum from the far end."
@@ -543,8 +548,9 @@ def logcumsumexp_back(g, y, a, d):
     "exp(a) times the sum of g exp(-y) from there on, in logarithms so that nothing overflows."
     if not a.ndim: return g
     if g.is_complex(): return conj(a.exp())*later(g*conj((-y).exp()), d)
-    def tail(g): return (g.log() - y).flip(d).logcumsumexp(d).flip(d)
-    return (tail(g.clamp_min(0)) + a).exp() - (tail((-g).clamp_min(0)) + a).exp()
+    def log(g):  return torch.where(g > 0, torch.where(g > 0, g, 1).log(), torch.finfo(g.dtype).min)
+    def tail(g): return (log(g) - y).flip(d).logcumsumexp(d).flip(d)
+    return (tail(g) + a).exp() - (tail(-g) + a).exp()
 
 def logsumexp_back(g, y, a, dims, keepdim):
     "The softmax; a sum that is infinite is taken for zero, for inf-inf is no number."
@@ -661,12 +667,15 @@ def reduce_back(need, g, y, a, d, i, b, how, own):
     return g*mine,None,None,at(g)*theirs
 
 def product_weights(mine, a, b, d, i, at, total):
-    "The product of all others: divided by the number itself, but where one is zero."
+    "The product of all others: of those that are not zero, and of the zero among them, if there is one; with two it is gone."
     a = torch.where(mine == 0, 1, a)
-    zeros = (a == 0) + total((b == 0).to(b.dtype))
-    rest = torch.where(a == 0, 1, a).scatter_reduce(d, i, torch.where(b == 0, 1, b), 'prod')
-    def of_others(x, zeros, rest): return unless(zeros > (x == 0), rest/torch.where(x == 0, 1, x))
-    return mine*of_others(a, zeros, rest),of_others(b, at(zeros), at(rest))
+    def zero(x): return (x == 0).to(x.dtype)
+    zeros,lone = zero(a) + total(zero(b)),a*zero(a) + total(b*zero(b))
+    rest = nonzero(a).scatter_reduce(d, i, nonzero(b), 'prod')
+    def of_others(x, zeros, lone, rest):
+        left = zeros - zero(x)
+        return rest/nonzero(x)*torch.where(left == 0, 1, unless(left > 1, lone - x*zero(x)))
+    return mine*of_others(a, zeros, lone, rest),of_others(b, at(zeros), at(lone), at(rest))
 
 def index_reduce_back(need, g, y, a, d, i, b, how, own): return reduce_back(need, g, y, a, d, like_rows(i, d, b), b, how, own)
 
@@ -688,7 +697,12 @@ def layer_norm_back(need, g, y, x, shape, w, b, eps):
     return gx,None,gw,gb
 
 def group_norm_back(need, g, y, x, w, b, n, c, hw, groups, eps):
-    return aten.native_group_norm_backward(g[0].contiguous(), x.contiguous(), y[1], y[2], w, n, c, hw, groups, need[:3])
+    gx,gw,gb = aten.native_group_norm_backward(g[0].contiguous(), x.contiguous(), y[1], y[2], w, n, c, hw, groups, need[:3])
+    return gx + group_stats_back(g, x, n, groups, eps) if need[0] and (came(g, 1) or came(g, 2)) else gx,gw,gb
+
+def came(g, i):
+    "Did a gradient arrive at output `i`? To read it is to have zeros made of what did not."
+    return i in getattr(g, 'gs', range(len(g)))
 
 def attention_back(need, g, y, q, k, v, p, causal, mask, scale):
     "Of the mask the kernel knows nothing."
@@ -865,7 +879,7 @@ def unnorm(gw, x, dims, eps):
     return rstd*(gw - gw.mean(dims, keepdim=True) - xh*(gw*xh).mean(dims, keepdim=True))
 
 def per_channel(w, x): return 1 if w is None else w.reshape([-1 if d == 1 else 1 for d in range(x.ndim)])
-def grouped(x, n, groups): return x.reshape(n, groups, -1)
+def grouped(x, n, groups): return x.reshape(n, groups, x.numel()//max(n*groups, 1))
 def last(shape): return list(range(-len(shape), 0))
 def sum_first(x, n): return x.sum(list(range(n))) if n else x
 
@@ -878,7 +892,13 @@ def batch_norm_w(g, y, x, w, b, mean, var, train, momentum, eps):
     return (g[0]*xh).sum(but_channels(x))
 
 def group_norm_x(g, y, x, w, b, n, c, hw, groups, eps):
-    return unnorm(grouped(g[0]*per_channel(w, x), n, groups), grouped(x, n, groups), [-1], eps).reshape(x.shape)
+    gx = unnorm(grouped(g[0]*per_channel(w, x), n, groups), grouped(x, n, groups), [-1], eps).reshape(x.shape)
+    return gx + group_stats_back(g, x, n, groups, eps)
+
+def group_stats_back(g, x, n, groups, eps):
+    "The mean and 1/sigma are outputs too: a number moves the first by 1/m, the second by its distance from the first."
+    xh,rstd = norm(grouped(x, n, groups), [-1], eps)
+    return ((g[1][..., None] - g[2][..., None]*rstd**2*xh)/xh.shape[-1]).reshape(x.shape)
 
 def group_norm_w(g, y, x, w, b, n, c, hw, groups, eps):
     return (g[0]*norm(grouped(x, n, groups), [-1], eps)[0].reshape(x.shape)).sum(but_channels(x))
@@ -954,6 +974,25 @@ def nll_back(g, y, a, t, w, reduction, ignore):
     each = g[0]*counts/(counts.sum() if reduction == 1 else 1)
     return g[0].new_zeros(a.shape).scatter_(d, t.unsqueeze(d), -each.unsqueeze(d))
 
+def multi_margin_back(g, y, a, t, p, margin, w, reduction):
+    "Every class that comes within the margin of the right one is pushed down, and the right one up by as much."
+    a = torch.atleast_1d(a)
+    at = t.reshape(*a.shape[:-1], 1)
+    near = (a - a.gather(-1, at) + margin).scatter(-1, at, 0).clamp_min(0)
+    push = p*near**(p-1)*(near > 0)*(1 if w is None else w[at])/a.shape[-1]
+    push = push.scatter(-1, at, -push.sum(-1, keepdim=True))
+    return g.unsqueeze(-1)*push*share_of(reduction, math.prod(a.shape[:-1]))
+
+def multilabel_margin_back(g, y, a, t, reduction):
+    "The same for several right classes, listed up to the first -1."
+    a,t,own = (torch.atleast_1d(o) for o in (a, t, y[1]))
+    listed = (t >= 0).cumprod(-1)
+    at = t*listed
+    near = a.unsqueeze(-2) - a.gather(-1, at).unsqueeze(-1) + 1                                # (n, right, all)
+    push = (near > 0)*listed.unsqueeze(-1)*(1 - own).unsqueeze(-2)/a.shape[-1]
+    push = push.sum(-2).scatter_add(-1, at, -push.sum(-1))
+    return g[0].unsqueeze(-1)*push*share_of(reduction, math.prod(a.shape[:-1]))
+
 #     y = op(a, ...)                    dL/da
 plain(aten.embedding.default,           embedding_back)
 plain((aten.max_pool2d_with_indices.default, aten.adaptive_max_pool2d.default, aten.fractional_max_pool2d.default),
@@ -961,6 +1000,8 @@ plain((aten.max_pool2d_with_indices.default, aten.adaptive_max_pool2d.default, a
 plain((aten.max_pool3d_with_indices.default, aten.adaptive_max_pool3d.default, aten.fractional_max_pool3d.default),
                                         lambda g,y,a: place(g[0], y[1], a.shape, 3))
 plain((aten.nll_loss_forward.default, aten.nll_loss2d_forward.default), nll_back)
+plain(aten.multi_margin_loss.default,   multi_margin_back, None)
+plain(aten.multilabel_margin_loss_forward.default, multilabel_margin_back, None)
 
 # %% ../nbs/11_rules.ipynb #a214e29a
 solve,triangular = torch.linalg.solve,torch.linalg.solve_triangular
@@ -1081,16 +1122,19 @@ def lu_factor_back(g, y, a):
     return lu_back(g[0][..., :k].tril(-1), g[0][..., :k, :].triu(), *torch.lu_unpack(y[0], y[1]))
 
 def lu_unpack_back(g, y, a):
-    "l and u in one matrix, where the smaller of them leaves room."
-    m,n = a.shape[-2:]
-    pad = torch.nn.functional.pad
-    return pad(g[1].tril(-1), (0, max(n-m, 0))) + pad(g[2].triu(), (0, 0, 0, max(m-n, 0)))
+    "l and u in one matrix, where the smaller of them leaves room; a permutation does not move."
+    (_,gl,gu),(m,n),pad = g,a.shape[-2:],torch.nn.functional.pad
+    return pad(gl.tril(-1), (0, max(n-m, 0))) + pad(gu.triu(), (0, 0, 0, max(m-n, 0)))
+
+def linalg_lu_back(g, y, a, pivot):
+    _,gl,gu = g
+    return lu_back(gl, gu, y[0] if pivot else eye(a.shape[-2], gl), y[1], y[2])
 
 #    y = op(a, ...)                        dL/da
 rule(aten.cholesky.default,                lambda g,y,a,upper: cholesky_back(g, y, upper))
 rule(aten.linalg_cholesky_ex.default,      lambda g,y,a,upper: cholesky_back(g[0], y[0], upper))
 rule(aten.linalg_qr.default,               qr_back)
-rule(aten.linalg_lu.default,               lambda g,y,a,pivot: lu_back(g[1], g[2], y[0] if pivot else eye(a.shape[-2], g[1]), y[1], y[2]))
+rule(aten.linalg_lu.default,               linalg_lu_back)
 rule(aten.linalg_lu_factor_ex.default,     lu_factor_back)
 rule(aten.lu_unpack.default,               lu_unpack_back, None)
 

@@ -29,13 +29,36 @@ def compare(run, xs, tol):
     want = torch.autograd.grad([y for _,y in ys], xs, gs, allow_unused=True)
     with Tape() as tape: outs = run()
     got = tape.gradients([(outs[i], g) for (i,_),g in zip(ys, gs, strict=True)], xs)
+    return agree(xs, want, got, tol)
+
+def compare_second(run, xs, tol):
+    "The same for gradients of gradients, of a random sum of all first ones; None where PyTorch has none"
+    ys = [(i, y) for i,y in enumerate(run()) if y.requires_grad]
+    if not ys: return None
+    gs = [torch.randn_like(y, requires_grad=True) for _,y in ys]
+    try:
+        first = torch.autograd.grad([y for _,y in ys], xs, gs, allow_unused=True, create_graph=True)
+        hs = [None if d is None else torch.randn_like(d) for d in first]
+        some = [(d, h) for d,h in zip(first, hs, strict=True) if d is not None and d.requires_grad]
+        if not some: return None
+        want = torch.autograd.grad([d for d,_ in some], [*xs, *gs], [h for _,h in some], allow_unused=True)
+    except (RuntimeError, NotImplementedError): return None
+    with Tape() as outer:
+        with Tape() as inner: outs = run()
+        first = inner.gradients([(outs[i], g) for (i,_),g in zip(ys, gs, strict=True)], xs)
+    got = outer.gradients([(d, h) for d,h in zip(first, hs, strict=True) if d is not None and h is not None], [*xs, *gs])
+    got = [b if a is None or b is None else torch.where(a.isnan(), a, b) for a,b in zip(want, got, strict=True)]     # at a corner PyTorch may give up
+    return agree([*xs, *gs], want, got, tol)
+
+def agree(xs, want, got, tol):
     for x,a,b in zip(xs, want, got, strict=True):
         a,b = (torch.zeros_like(x) if o is None else o for o in (a, b))
         if a.layout != b.layout: a,b = a.to_dense(),b.to_dense()
+        if a.dtype == torch.complex32: a,b = a.cfloat(),b.cfloat()
         torch.testing.assert_close(b, a, equal_nan=True, rtol=tol, atol=10*tol*max(1., float(a.nan_to_num().abs().max()) if a.numel() else 0.))
     return True
 
-def check_op(info, sample, tol=1e-7):
+def check_op(info, sample, tol=1e-7, compare=compare):
     xs = [t for t in tensors([sample.input, sample.args, sample.kwargs]) if t.requires_grad]
     def run():
         torch.manual_seed(1)
@@ -72,15 +95,19 @@ def verdict(checks):
 def samples_of(info):
     return info.sample_inputs('cpu', torch.float64, requires_grad=True)
 
-def operators(most=None):
+def operators(most=None, check=check_op):
     "{name: verdict} of every operator that PyTorch differentiates in float64"
     out = {}
     for info in op_db:
         if torch.float64 not in info.dtypes or not info.supports_autograd: continue
         torch.manual_seed(0)
         samples = itertools.islice(samples_of(info), most)
-        out[name_of(info)] = verdict(partial(check_op, info, s) for s in samples)
+        out[name_of(info)] = verdict(partial(check, info, s) for s in samples)
     return out
+
+def second(most=None):
+    "{name: verdict} of the gradients of gradients of the same operators"
+    return operators(most, partial(check_op, tol=1e-6, compare=compare_second))
 
 def check_in_place(info, sample, tol=1e-7):
     "The same for the operator's form in place, on a copy of its input; None where PyTorch itself refuses"
@@ -123,7 +150,7 @@ def report(title, found):
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
     most = int(sys.argv[1]) if len(sys.argv) > 1 else None
-    found = {'operators': operators(most), 'operators in place': in_place(most), 'modules': modules(most)}
+    found = {'operators': operators(most), 'operators in place': in_place(most), 'modules': modules(most), 'gradients of gradients': second(most)}
     lines = ['# The tape against PyTorch\'s own test material', '', f'`python tests/sweep.py`, {date.today()}, torch {torch.__version__}, float64, '
              'relative tolerance 1e-7: the gradients of every sample of `op_db` and `module_db`.', '']
     for title,f in found.items(): lines += report(title.capitalize(), f)
