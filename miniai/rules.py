@@ -11,25 +11,26 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'Rule', 'rule', 'overloads', 'tensors',
-           'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times', 'slope', 'unless', 'nonzero', 'at_least',
-           'at_most', 'flat', 'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse',
-           'uncat', 'unrepeat', 'put_back', 'blank', 'unfold_back', 'extent', 'strided_back', 'listed', 'size',
-           'spread', 'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back', 'others', 'prod_back',
-           'norm_back', 'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b',
-           'linear_x', 'linear_w', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back',
-           'product_weights', 'index_reduce_back', 'conv_back', 'batch_norm_back', 'batch_norm_update_back',
-           'layer_norm_back', 'group_norm_back', 'came', 'attention_back', 'often', 'bag_rows', 'bag_weights',
-           'adjoint', 'shapes', 'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w',
-           'but_channels', 'norm', 'unnorm', 'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x',
-           'batch_norm_w', 'group_norm_x', 'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s',
-           'gelu_slope', 'glu_back', 'embedding_back', 'place', 'nll_back', 'multi_margin_back',
-           'multilabel_margin_back', 'half', 'less', 'solve_back', 'triangular_back', 'old_triangular_back',
-           'cholesky_solve_back', 'cholesky_inverse_back', 'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back',
-           'matrix_exp_back', 'eye', 'cholesky_back', 'qr_back', 'lu_back', 'lu_factor_back', 'lu_unpack_back',
-           'linalg_lu_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back', 'lstsq_back',
-           'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy', 'bag',
-           'distance_of', 'all_to_all', 'pairs', 'trilinear']
+__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'COMPOSITE', 'RECURRENT', 'FORGETS', 'TWINS',
+           'NONE', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times',
+           'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'turn', 'real', 'tie', 'scaled', 'at_zero',
+           'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank', 'unfold_back',
+           'extent', 'strided_back', 'listed', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back', 'share', 'first',
+           'pick_back', 'others', 'prod_back', 'norm_back', 'later', 'cumprod_back', 'logcumsumexp_back',
+           'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back', 'zero_at', 'rows_at',
+           'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights', 'index_reduce_back', 'conv_back',
+           'batch_norm_back', 'batch_norm_update_back', 'layer_norm_back', 'group_norm_back', 'came', 'attention_back',
+           'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes', 'share_of', 'distance', 'renorm_back', 'plain',
+           'repeated', 'conv_x', 'met', 'conv_w', 'but_channels', 'norm', 'unnorm', 'per_channel', 'grouped', 'last',
+           'sum_first', 'batch_norm_x', 'batch_norm_w', 'group_norm_x', 'group_stats_back', 'group_norm_w', 'root',
+           'attention', 'attention_s', 'gelu_slope', 'glu_back', 'embedding_back', 'place', 'nll_back',
+           'multi_margin_back', 'multilabel_margin_back', 'half', 'less', 'solve_back', 'triangular_back',
+           'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back', 'lu_solve_back', 'diagonal',
+           'det_back', 'slogdet_back', 'matrix_exp_back', 'eye', 'cholesky_back', 'qr_back', 'lu_back',
+           'lu_factor_back', 'lu_unpack_back', 'linalg_lu_back', 'over', 'over_gaps', 'eigh_back', 'eig_back',
+           'svd_back', 'pinv_back', 'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve',
+           'batch_norm', 'cross_entropy', 'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear', 'decomposition',
+           'writes', 'forgets', 'twin', 'NoRules']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -1288,3 +1289,46 @@ parts(aten._embedding_bag_forward_only.default,
 parts(aten._cdist_forward.default,      all_to_all)
 parts(aten._pdist_forward.default,      pairs)
 parts(aten._trilinear.default,          trilinear)
+
+# %% ../nbs/11_rules.ipynb #80dee0f0
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+@cache
+def decomposition(op):
+    "The operator as a program of others, `f(*args, **kwargs)`: its own, or the one in PyTorch's table; None if there is none."
+    from torch._decomp import decomposition_table
+    own = (lambda *args, **kwargs: op._op_dk(COMPOSITE, *args, **kwargs)) if op.has_kernel_for_dispatch_key(COMPOSITE) else None
+    theirs = decomposition_table.get(op)
+    return theirs or own if op._schema.name.startswith(RECURRENT) else own or theirs
+
+RECURRENT = 'aten::lstm', 'aten::gru', 'aten::rnn'      # their own way writes into buffers
+
+@cache
+def writes(op): return op._schema.is_mutable and not op.has_kernel_for_dispatch_key(COMPOSITE)
+
+@cache
+def forgets(op):
+    "Does it write over its input, whatever was there?"
+    return op._schema.name.removeprefix('aten::') in FORGETS
+
+FORGETS = 'uniform_ normal_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_ random_ zero_'.split()
+
+@cache
+def twin(op):
+    "`aten.add.Tensor` for `aten.add_.Tensor`, or None."
+    if op in TWINS: return TWINS[op]
+    name = op._schema.name.removeprefix('aten::')
+    packet = getattr(aten, name[:-1], None) if name.endswith('_') else None
+    other = getattr(packet, op._overloadname or 'default', None)
+    def takes(op): return [(a.name, str(a.type)) for a in op._schema.arguments]
+    return other if other and takes(other) == takes(op) else None
+
+TWINS = {aten.transpose_.default: aten.transpose.int, aten.pow_.Scalar: aten.pow.Tensor_Scalar, aten.pow_.Tensor: aten.pow.Tensor_Tensor}
+
+class NoRules(dict):
+    "{operator: a rule that knows its inputs, and no derivative}, made when asked for."
+    def __missing__(self, op):
+        self[op] = Rule(op, (), tensors(op))
+        return self[op]
+
+NONE = NoRules()

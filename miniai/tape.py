@@ -7,7 +7,6 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from heapq import heappop, heappush
 from itertools import count
 from weakref import ref
@@ -15,13 +14,12 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
-from .rules import RULES, Rule, aten, tensors
+from .rules import NONE, RULES, Rule, decomposition, forgets, twin, writes
 
 # %% auto #0
-__all__ = ['VERSIONS', 'COMPOSITE', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'RECURRENT', 'NONE', 'TWINS', 'FORGETS',
-           'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like', 'listed', 'Node', 'double', 'Tape', 'versions',
-           'writes', 'decomposition', 'NoRules', 'Grads', 'fit', 'hooked', 'leading', 'open_tapes', 'Aside', 'seed',
-           'twin', 'places', 'memory', 'rest', 'put']
+__all__ = ['VERSIONS', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like',
+           'listed', 'Node', 'double', 'Tape', 'versions', 'Grads', 'fit', 'hooked', 'leading', 'open_tapes', 'Aside',
+           'seed', 'places', 'memory', 'rest', 'put']
 
 # %% ../nbs/12_tape.ipynb #44df3dc3
 class Edge:
@@ -66,7 +64,7 @@ class Node:
         "Where the inputs came from, lists flattened."
         return [e for _,p in self.parents for e in (p if p.__class__ is list else (p,)) if e]
 
-VERSIONS,COMPOSITE = torch._C.DispatchKey.ADInplaceOrView,torch._C.DispatchKey.CompositeImplicitAutograd
+VERSIONS = torch._C.DispatchKey.ADInplaceOrView
 is_excluded,exclude = torch._C._dispatch_tls_is_dispatch_key_excluded,torch._C._dispatch_tls_set_dispatch_key_excluded
 
 def double(x):
@@ -223,25 +221,7 @@ class versions:
         exclude(VERSIONS, self.off)
     def __exit__(self, *error): exclude(VERSIONS, self.was)
 
-@cache
-def writes(op): return op._schema.is_mutable and not op.has_kernel_for_dispatch_key(COMPOSITE)
 
-@cache
-def decomposition(op):
-    "The operator as a program of others: its own, or the one in PyTorch's table."
-    from torch._decomp import decomposition_table
-    own = (lambda *args, **kwargs: op._op_dk(COMPOSITE, *args, **kwargs)) if op.has_kernel_for_dispatch_key(COMPOSITE) else None
-    theirs = decomposition_table.get(op)
-    return theirs or own if op._schema.name.startswith(RECURRENT) else own or theirs
-
-RECURRENT = 'aten::lstm', 'aten::gru', 'aten::rnn'      # their own way writes into buffers
-
-class NoRules(dict):
-    "For an operator without a row: its inputs are known, its derivative is not."
-    def __missing__(self, op):
-        self[op] = Rule(op, (), tensors(op))
-        return self[op]
-NONE = NoRules()
 
 # %% ../nbs/12_tape.ipynb #ab9ff9df
 @patch
@@ -404,16 +384,16 @@ def seed(y, g):
 @patch
 def write(self:Tape, op, args, kwargs):
     "An operator that writes into its first argument: its twin that does not, after which the tensor comes from elsewhere."
-    x,full,other,forgets = args[0],NONE[op].full(args, kwargs),twin(op),op._schema.name in FORGETS
+    x,full,other = args[0],NONE[op].full(args, kwargs),twin(op)
     followed,rule = [e for _,p in self.parents(NONE[op], full) for e in listed(p) if e],RULES.get(other)
     if not followed or isinstance(x, Tensor) and not is_float(x): return op(*args, **kwargs)
-    if not isinstance(x, Tensor) or not other and not forgets:
+    if not isinstance(x, Tensor) or not other and not forgets(op):
         raise NotImplementedError(f'{op}: writes into its input, and there is no rule for it; use the operator that is not in place')
     self.may_write(op, x)
     if (own := self.source(x)) and own.node.leaf and all(e is own for e in followed): return self.anew(op, args, kwargs)
-    if not rule and not forgets:
+    if not rule and not forgets(op):
         with self.listening(op): return x.copy_(other(*args, **kwargs))
-    node = None if forgets else self.writer(rule, full, x)
+    node = None if forgets(op) else self.writer(rule, full, x)
     y = op(*args, **kwargs)
     x.__dict__.pop(self.key, None)
     if node and node.keep.y: node.keep_outputs((x,), writes=1)
@@ -444,18 +424,7 @@ def may_write(self:Tape, op, x):
     if x.dtype != base.dtype or x.is_conj() != base.is_conj():
         raise NotImplementedError(f'{op}: writes into a {x.dtype} view of {base.dtype}; write into a clone()')
 
-@cache
-def twin(op):
-    "`aten.add.Tensor` for `aten.add_.Tensor`, or None."
-    if op in TWINS: return TWINS[op]
-    name = op._schema.name.removeprefix('aten::')
-    packet = getattr(aten, name[:-1], None) if name.endswith('_') else None
-    other = getattr(packet, op._overloadname or 'default', None)
-    def takes(op): return [(a.name, str(a.type)) for a in op._schema.arguments]
-    return other if other and takes(other) == takes(op) else None
 
-TWINS = {aten.transpose_.default: aten.transpose.int, aten.pow_.Scalar: aten.pow.Tensor_Scalar, aten.pow_.Tensor: aten.pow.Tensor_Tensor}
-FORGETS = {'aten::' + name for name in 'uniform_ normal_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_ random_ zero_'.split()}
 
 # %% ../nbs/12_tape.ipynb #90ba60c0
 @patch
