@@ -68,11 +68,11 @@ def accumulate(x, g, taken):
     if x._backward_hooks: g = hooked(g, x._backward_hooks)
     if x.grad is not None: x.grad.add_(g)
     else:
-        if g._base is not None or (at := g.data_ptr()) in taken: x.grad = g.clone(memory_format=torch.preserve_format)
-        else:
-            taken.add(at)
-            x.grad = g
-    for hook in (x._post_accumulate_grad_hooks or {}).values(): hook(x)
+        if g._base is not None or (at := g.data_ptr()) in taken: g = g.clone(memory_format=torch.preserve_format)
+        else: taken.add(at)
+        x.grad = g
+    if x._post_accumulate_grad_hooks:
+        for hook in x._post_accumulate_grad_hooks.values(): hook(x)
 
 # %% ../nbs/13_autograd.ipynb #44df3dc3
 def tape_of(ys):
@@ -331,8 +331,8 @@ def flops(self:Node, shape)->int:
 def rows(self:Tape)->list:
     "For each operator: its name, module, shapes in, shape out, bytes kept, work."
     def text(shape): return '×'.join(map(str, shape)) or '1'
-    return [(str(n.rule.op).removesuffix('.default'), n.where, ', '.join(text(e.shape) for e in n.edges), text(shape), n.bytes(), n.flops(shape))
-            for n,shape in self.nodes().items()]
+    return [(str(n.rule.op).removesuffix('.default'), n.where, ', '.join(text(e.shape) for e in n.edges), text(shape),
+             n.bytes(), n.flops(shape)) for n,shape in self.nodes().items()]
 
 def units(n:int, unit:str)->str:
     "1234567 as 1.2 M and the unit; nothing for 0."
@@ -360,5 +360,6 @@ def summary(self:Tape):
 
 @patch
 def _repr_html_(self:Tape):
-    def row(tag, cells): return '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
+    def cell(tag, text): return f'<{tag} style="text-align:left">{html.escape(text)}</{tag}>'
+    def row(tag, cells): return f"<tr>{''.join(cell(tag, c) for c in cells)}</tr>"
     return f'<p>{self.summary()}</p><table>{row("th", self.HEAD)}' + ''.join(row('td', r) for r in self.table()) + '</table>'

@@ -105,7 +105,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         rule = RULES.get(op)
         if not rule or rule.parts or self.walking or not torch.is_grad_enabled(): return self.other(op, rule, args, kwargs or {})
-        y = op(*args, **(kwargs or {})) if not rule.loose else self.noting_views(op, args, kwargs or {})
+        if rule.loose: y = self.noting_views(op, args, kwargs or {})
+        else: y = op(*args, **kwargs) if kwargs else op(*args)
         self.record(rule, args if len(args) == rule.n else rule.full(args, kwargs or {}), y)
         return y
 
@@ -250,7 +251,8 @@ class Grads:
 @patch
 def check(self:Node):
     "Are the kept values still there, and what they were?"
-    if self.args is None: raise RuntimeError(f'{self.rule.op}: the tape was walked already and what it kept is gone; keep it with retain=True')
+    if self.args is None:
+        raise RuntimeError(f'{self.rule.op}: the tape was walked already and what it kept is gone; keep it with retain=True')
     if [x._version for x in self.tensors] == self.versions: return
     x = next(x for x,v in zip(self.tensors, self.versions, strict=True) if x._version != v)
     raise RuntimeError(f'{self.rule.op}: its derivative needs a tensor {tuple(x.shape)} that was changed in place afterwards; '
@@ -277,15 +279,15 @@ def walk(self:Tape,
     "The chain rule, from the outputs back: each node once, the last made first."
     starts = [(e, seed(y, g)) for y,g in ys if (e := self.source(y))]
     useful = None if asked is None else leading([e.node for e,_ in starts], asked)
-    listeners,gs,waiting = [t for t in open_tapes() if not t.walking],{},[]
+    listeners,gs,waiting = [t for t in open_tapes() if not t.walking],{},[]     # gs: {node: {output: gradient}} of those that wait
     def give(edge, g):
         node,i = edge.node,edge.i
         if useful is not None and node not in useful: return
         if g.shape != edge.shape or g.dtype != edge.dtype: g = fit(g, edge)
-        if node not in gs:
+        if (have := gs.get(node)) is None:
             gs[node] = {i: g}
             heappush(waiting, (-node.number, node))
-        else: gs[node][i] = gs[node][i] + g if i in gs[node] else g
+        else: have[i] = have[i] + g if i in have else g
     for edge,g in starts: give(edge, g)
     while waiting:
         node = heappop(waiting)[1]
