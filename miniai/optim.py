@@ -539,8 +539,8 @@ class _Pack:
         self.shown = [(s, k, v) for s in self.states for k,v in s.items() if k in self.state]
 
     def untouched(self, state):
-        return (all(map(Tensor.is_set_to, self.ps, self.views)) and self.data.dtype == self.ps[0].dtype and state.get(self.ps[0]) is self.states[0]
-                and all(s.get(k) is v for s,k,v in self.shown))
+        return (all(map(Tensor.is_set_to, self.ps, self.views)) and all(map(operator.is_, map(state.get, self.ps), self.states))
+                and all([s.get(k) is v for s,k,v in self.shown]))
 
     def grad(self):
         "The gradient, if every parameter has one, laid out as `data`"
