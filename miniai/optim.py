@@ -514,43 +514,31 @@ def _side_by_side(ps, values):
 
 # %% ../nbs/30_optim.ipynb #7df7b14e
 class _Pack:
-    "Parameters that act as one: `data`, `grad()` and `state` are what the recipe gets."
+    "Parameters that act as one: the recipe gets `data`, a gradient like it, and `state`."
     def __init__(self, ps, states):
         self.ps,self.states,self.several = ps,[_follow(p, s) for p,s in zip(ps, states, strict=True)],len(ps) > 1
         if self.several:
             self.data,self.views = _side_by_side(ps, ps)
-            self.gathered,self.grads = _side_by_side(ps, ps)
+            self.grad,self.grads = _side_by_side(ps, ps)
             for p,view in zip(ps, self.views, strict=True): p.data = view
             self.holders = _storage_Use_Count(self.data.untyped_storage()._cdata)
         else: self.data = ps[0].detach(); self.views = [self.data]
-        first = self.states[0]
-        self.state = {k: first[k].clone() if k in _COUNTS else self.common([s[k] for s in self.states]) for k in first}
-        self.show()
+        first = states[0]
+        self.state = {k: first[k].clone() if k in _COUNTS else self.common([s[k] for s in states]) for k in first}
 
     def common(self, values):
         if self.several: return _side_by_side(self.ps, values)[0]
         return values[0] if values[0].stride() == self.data.stride() else torch.empty_like(self.data).copy_(values[0])
 
     def show(self):
-        "Every parameter's own memory is a view of the common one"
+        "Every parameter's own memory is a view of the common one; gives `(memory, name, view)` of each"
+        shown = []
         for k,v in self.state.items():
-            views = [v]*len(self.ps) if k in _COUNTS else _like(self.ps, v) if self.several else [v]
-            for s,view in zip(self.states, views, strict=True): s[k] = view
-        self.shown = [(s, k, v) for s in self.states for k,v in s.items() if k in self.state]
-
-    def untouched(self, state):
-        return (all(map(Tensor.is_set_to, self.ps, self.views)) and all(map(operator.is_, map(state.get, self.ps), self.states))
-                and all([s.get(k) is v for s,k,v in self.shown]))
-
-    def grad(self):
-        "The gradient, if every parameter has one, laid out as `data`"
-        gs = [p.grad for p in self.ps]
-        if any(g is None for g in gs): return None
-        for p,g in zip(self.ps, gs, strict=True):
-            if g.layout != torch.strided: raise ValueError(f'flat: a parameter {tuple(p.shape)} has a sparse gradient; use Embedding(sparse=False)')
-        if not self.several: return gs[0] if gs[0].stride() == self.data.stride() else torch.empty_like(self.data).copy_(gs[0])
-        torch._foreach_copy_(self.grads, gs)
-        return self.gathered
+            views = _like(self.ps, v) if self.several and k not in _COUNTS else [v]*len(self.ps)
+            for s,view in zip(self.states, views, strict=True):
+                s[k] = view
+                shown.append((s, k, view))
+        return shown
 
     def dissolve(self):
         "Everyone for himself again; stays in place if someone holds an alias"
@@ -562,65 +550,93 @@ class _Pack:
 
 # %% ../nbs/30_optim.ipynb #2220703b
 class _Plan:
-    "How the parameters of a group are stepped: in packs, or `alone`, one by one."
-    def __init__(self, ps):
-        self.ps,self.packs,self.alone,self.waiting = list(ps),[],[p for p in ps if not _dense(p)],[p for p in ps if _dense(p)]
-
-    def fits(self, ps): return len(ps) == len(self.ps) and all(map(operator.is_, ps, self.ps))
-
-    def work(self, state):
-        "`(data, gradient, memory, pack)` for all that has a gradient"
-        for pack in [k for k in self.packs if not k.untouched(state)]: self.release(pack, pack.ps)
-        for pack in [k for k in self.packs if k.several and any(p.grad is None for p in k.ps)]:
-            self.release(pack, [p for p in pack.ps if p.grad is not None])
-        ready = [p for p in self.waiting if p.grad is not None]
-        if ready: self.pack(ready, state)
-        return [(k.data, g, k.state, k) for k in self.packs if (g := k.grad()) is not None]
-
-    def release(self, pack, again):
-        "Take a pack apart; who is in `again` may be packed again, the others are a pack each"
-        pack.dissolve()
-        self.packs.remove(pack)
-        self.waiting += again
-        self.packs += [_Pack([p], [s]) for p,s in zip(pack.ps, pack.states, strict=True) if all(p is not q for q in again)]
-
-    def pack(self, ready, state):
-        self.waiting = [p for p in self.waiting if p.grad is None]
+    "How the parameters of a group are stepped: in packs, several or one in each."
+    def __init__(self, ps, state, loners=()):
+        self.ps,self.loners = list(ps),loners                         # the loners by their ids
+        self.waiting = [p for p in ps if _dense(p) and p.grad is None and id(p) not in loners]
+        self.others = [p for p in ps if not _dense(p)]                # go one by one
         together = defaultdict(list)
-        for p in ready:
+        for p in ps:
+            if not _dense(p) or (p.grad is None and id(p) not in loners): continue
             counts = tuple((k, v.item() if k in _COUNTS else None) for k,v in sorted(state[p].items()))
-            together[(p.dtype, p.device, counts) if p.numel() < _SMALL and _alone(p) else id(p)].append(p)
-        for ps in together.values():
-            while ps:
-                n,size = 0,0
-                while n < len(ps) and (n == 0 or size + ps[n].numel() <= _FULL): size += ps[n].numel(); n += 1
-                now,ps = ps[:n],ps[n:]
-                self.packs.append(_Pack(now, [state[p] for p in now]))
+            packable = p.numel() < _SMALL and id(p) not in loners and _alone(p)
+            together[(p.dtype, p.device, counts) if packable else id(p)].append(p)
+        packs = [_Pack(part, [state[p] for p in part]) for same in together.values() for part in _portions(same)]
+        self.packs = sorted(packs, key=lambda k: not k.several)       # those of several first
+        self.packed = [p for k in self.packs if k.several for p in k.ps]
+        self.targets = [g for k in self.packs if k.several for g in k.grads]
+        self.gathered,self.single = [k.grad for k in self.packs if k.several],[k.ps[0] for k in self.packs if not k.several]
+        self.strides = [p.stride() for p in self.single]
+        self.members,self.views,self.states = ([o for k in self.packs for o in getattr(k, name)] for name in ('ps', 'views', 'states'))
+        kinds = defaultdict(list)
+        for i,k in enumerate(self.packs): kinds[k.data.dtype, k.data.device].append(i)
+        self.kinds = list(kinds.values())
+        self.show()
+
+    def show(self):
+        self.sizes,self.shown = [len(k.state) for k in self.packs],[s for k in self.packs for s in k.show()]
+
+    def fits(self, ps, state):
+        "Is all as it was?"
+        return (len(ps) == len(self.ps) and all(map(operator.is_, ps, self.ps)) and all(map(Tensor.is_set_to, self.members, self.views))
+                and all(map(operator.is_, map(state.get, self.members), self.states)) and all([s.get(k) is v for s,k,v in self.shown])
+                and not any(p.grad is not None for p in self.waiting))
+
+    def missing(self): return {id(p) for p in self.packed if p.grad is None}
+
+    def grads(self):
+        "A gradient for each pack, laid out like its data; None where there is none"
+        gs = [p.grad for p in self.single]
+        try:
+            if self.targets: torch._foreach_copy_(self.targets, [p.grad for p in self.packed])
+            if [g if g is None else g.stride() for g in gs] != self.strides:
+                gs = [g if g is None else torch.empty_like(p).copy_(g) for p,g in zip(self.single, gs, strict=True)]
+        except RuntimeError as e: raise _sparse([p for p in self.members if p.grad is not None], e) from e
+        return self.gathered + gs
+
+    def work(self):
+        "`(datas, gradients, memories)` for each type and device"
+        gs = self.grads()
+        for kind in self.kinds:
+            here = [(self.packs[i].data, gs[i], self.packs[i].state) for i in kind if gs[i] is not None]
+            if here: yield zip(*here, strict=True)
 
 # %% ../nbs/30_optim.ipynb #a256bb2e
+def _portions(ps):
+    "Parts of at most `_FULL` entries"
+    part,size = [],0
+    for p in ps:
+        if part and size + p.numel() > _FULL:
+            yield part
+            part,size = [],0
+        part,size = [*part, p],size + p.numel()
+    yield part
+
+def _sparse(ps, e):
+    "What is wrong with a gradient that cannot be gathered"
+    bad = next((p for p in ps if p.grad.layout != torch.strided), None)
+    return e if bad is None else ValueError(f'flat: a parameter {tuple(bad.shape)} has a sparse gradient; use Embedding(sparse=False)')
+
 @patch
 def _flat_step(self:Optimizer, i, group):
-    plan = self._plans.get(i)
-    if plan is None or not plan.fits(group['params']):
-        if plan is not None:
-            for pack in plan.packs: pack.dissolve()
-        plan = self._plans[i] = _Plan(group['params'])
-    work = plan.work(self.state)
-    if self.fused: _by_kind(self.fused, work, group)
-    else:
-        for p,g,state,_ in work: self.update(p, g, state, group)
-    for *_,pack in work:
-        if pack.several: increment_version(pack.ps)
-        if len(pack.state)*len(pack.ps) != len(pack.shown): pack.show()
-    for p in plan.alone:
+    plan = self._plan(i, group['params'])
+    for ps,gs,states in plan.work():
+        if self.fused: self.fused(ps, gs, states, group)
+        else:
+            for p,g,state in zip(ps, gs, states, strict=True): self.update(p, g, state, group)
+    if plan.packed: increment_version(plan.packed)                    # an old graph must see that its parameters changed
+    if [len(k.state) for k in plan.packs] != plan.sizes: plan.show()
+    for p in plan.others:
         if p.grad is not None: self.update(p, p.grad, _follow(p, self.state[p]), group)
 
-# %% ../nbs/30_optim.ipynb #d33f0616
-def _by_kind(fused, work, group):
-    "One call of the kernel for each type and device"
-    kinds = defaultdict(list)
-    for p,g,state,_ in work: kinds[p.dtype, p.device].append((p, g, state))
-    for same in kinds.values(): fused(*zip(*same, strict=True), group)
+@patch
+def _plan(self:Optimizer, i, ps):
+    plan = self._plans.get(i)
+    if plan and plan.fits(ps, self.state) and not plan.missing(): return plan
+    loners = plan.loners | plan.missing() if plan else set()
+    for pack in plan.packs if plan else (): pack.dissolve()
+    self._plans[i] = _Plan(ps, self.state, loners)
+    return self._plans[i]
 
 # %% ../nbs/30_optim.ipynb #bca2db59
 def _bufs(ps, states, name, new=torch.zeros_like):
@@ -634,11 +650,13 @@ def _counted(ps, states):
     return steps
 
 def _fused_sgd(ps, gs, states, group):
-    for first in {'momentum_buffer' not in s for s in states} if group['momentum'] else (False,):
-        now = [(p, g, s) for p,g,s in zip(ps, gs, states, strict=True) if not group['momentum'] or ('momentum_buffer' not in s) == first]
+    settings = {k: group[k] for k in ('lr', 'momentum', 'dampening', 'weight_decay', 'nesterov', 'maximize')}
+    new = ['momentum_buffer' not in s for s in states] if group['momentum'] else [False]
+    for first in set(new):                # the first direction is the gradient itself: the kernel is told so for those
+        now = [(p, g, s) for p,g,s,n in zip(ps, gs, states, new, strict=True) if n == first] if len(set(new)) > 1 else zip(ps, gs, states, strict=True)
         ps_,gs_,ss = zip(*now, strict=True)
         torch._fused_sgd_(ps_, gs_, _bufs(ps_, ss, 'momentum_buffer') if group['momentum'] else [], is_first_step=first, grad_scale=None,
-                          found_inf=None, **{k: group[k] for k in ('lr', 'momentum', 'dampening', 'weight_decay', 'nesterov', 'maximize')})
+                          found_inf=None, **settings)
 
 def _fused_adam(kernel):
     def fused(ps, gs, states, group):
