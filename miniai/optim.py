@@ -617,11 +617,13 @@ def _sparse(ps, e):
     bad = next((p for p in ps if p.grad.layout != torch.strided), None)
     return e if bad is None else ValueError(f'flat: a parameter {tuple(bad.shape)} has a sparse gradient; use Embedding(sparse=False)')
 
+def _has_kernel(p): return p.is_cuda or (p.device.type == 'cpu' and p.dtype in (torch.float32, torch.float64))
+
 @patch
 def _flat_step(self:Optimizer, i, group):
     plan = self._plan(i, group['params'])
     for ps,gs,states in plan.work():
-        if self.fused: self.fused(ps, gs, states, group)
+        if self.fused and _has_kernel(ps[0]): self.fused(ps, gs, states, group)
         else:
             for p,g,state in zip(ps, gs, states, strict=True): self.update(p, g, state, group)
     if plan.packed: increment_version(plan.packed)                    # an old graph must see that its parameters changed
