@@ -20,7 +20,8 @@ def resnet():
 def many(): return [(128, 390), (128,)]*250
 
 CASES = {'small CNN': (cnn, .5), 'ResNet': (resnet, .9), '50 MB': (many, .9)}     # shapes, and the ratio of times that we aim at
-RECIPES = {'SGD': (dict(lr=1e-3, momentum=.9), 5), 'Adam': (dict(lr=1e-3), 7), 'AdamW': (dict(lr=1e-3), 7)}    # settings; numbers read and written for each entry
+RECIPES = {     # settings, and the numbers that are read and written for each entry
+    'SGD': (dict(lr=1e-3, momentum=.9), 5), 'Adam': (dict(lr=1e-3), 7), 'AdamW': (dict(lr=1e-3), 7)}
 THEIRS = {'loop': dict(foreach=False), 'foreach': dict(foreach=True), 'fused': dict(fused=True)}
 OURS = {'plain': {}, 'flat': dict(flat=True)}
 
@@ -71,14 +72,17 @@ def main():
             each = sorted(a/b for a,b in zip(times['flat'], times[best], strict=True))
             speed = max(size/mid[k] for k,(_, size) in memory.items())
             part = {k: f'{4*streams*entries/mid[k]/speed:.0%}' if entries > 10**6 else 'in cache' for k in (best, 'flat')}
-            rows.append((f'{case}: {entries:,} in {len(shapes)}', name, *(f'{mid[k]*1e3:.3g}' for k in (*THEIRS, *OURS)), best,
-                         f'**{statistics.median(each):.2f}**', f'{each[0]:.2f}-{each[-1]:.2f}', f'{aim:g}', part[best], part['flat'], f'{speed/1e9:.0f}'))
-    head = ('parameters', 'step of', 'torch loop, ms', 'torch foreach, ms', 'torch fused, ms', 'ours, ms', 'ours flat, ms', "torch's best", 'flat to best',
-            'range', 'aim', "best's part of the memory's speed", "flat's part", 'memory, GB/s')
+            ms = (f'{mid[k]*1e3:.3g}' for k in (*THEIRS, *OURS))
+            rows.append((f'{case}: {entries:,} in {len(shapes)}', name, *ms, best, f'**{statistics.median(each):.2f}**',
+                         f'{each[0]:.2f}-{each[-1]:.2f}', f'{aim:g}', part[best], part['flat'], f'{speed/1e9:.0f}'))
+    head = ('parameters', 'step of', 'torch loop, ms', 'torch foreach, ms', 'torch fused, ms', 'ours, ms', 'ours flat, ms',
+            "torch's best", 'flat to best', 'range', 'aim', "best's part of the memory's speed", "flat's part", 'memory, GB/s')
     write('optim', "An optimizer's step against PyTorch's fastest", head, rows,
-          f'float32, {torch.get_num_threads()} threads; SGD with momentum 0.9. Medians over {args.repeats} turns, the ratio within each turn. Gradients are tensors of their own, as '
+          f'float32, {torch.get_num_threads()} threads; SGD with momentum 0.9. Medians over {args.repeats} turns, the ratio within each '
+          'turn. Gradients are tensors of their own, as '
           "`zero_grad()` and `backward()` leave them, for PyTorch's and for ours; gathering the small ones is in our time. "
-          "The memory's speed is the better of copy and triad on 64 MB arrays in the same turns; a step moves 5 (SGD) or 7 numbers for each parameter at least. "
+          "The memory's speed is the better of copy and triad on 64 MB arrays in the same turns; "
+          'a step moves 5 (SGD) or 7 numbers for each parameter at least. '
           'Above 100% a part of it came from the cache.')
 
 if __name__ == '__main__': main()

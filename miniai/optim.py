@@ -86,8 +86,11 @@ class Optimizer:
 def _check_params(name, new, old):
     for p in new:
         if not isinstance(p, Tensor): raise TypeError(f'{name}: a parameter is a tensor, this is {type(p).__name__}')
-        if not p.is_leaf: raise ValueError(f'{name}: a tensor {tuple(p.shape)} is the result of {p.grad_fn.name()}, no parameter; give what it was made from')
-        if p.is_complex(): raise ValueError(f'{name}: a parameter {tuple(p.shape)} is complex; keep it as real pairs, torch.view_as_real(p)')
+        if not p.is_leaf:
+            raise ValueError(f'{name}: a tensor {tuple(p.shape)} is the result of {p.grad_fn.name()}, no parameter; '
+                             'give what it was made from')
+        if p.is_complex():
+            raise ValueError(f'{name}: a parameter {tuple(p.shape)} is complex; keep it as real pairs, torch.view_as_real(p)')
     ids = [id(p) for p in [*old, *new]]
     if len(set(ids)) < len(ids): raise ValueError(f'{name}: a parameter was given twice, it would be stepped twice')
 
@@ -183,7 +186,8 @@ def load_state_dict(self:Optimizer,
              for i,s in saved['state'].items()}
     for p,s in state.items():
         for k,v in s.items():
-            if k not in _COUNTS and v.shape != p.shape: raise ValueError(f'{name}: the saved {k} {tuple(v.shape)} is not for a parameter {tuple(p.shape)}')
+            if k not in _COUNTS and v.shape != p.shape:
+                raise ValueError(f'{name}: the saved {k} {tuple(v.shape)} is not for a parameter {tuple(p.shape)}')
     self.state,self._plans = defaultdict(dict, {p: _follow(p, s) for p,s in state.items()}),{}
 
 # %% ../nbs/30_optim.ipynb #b7c02259
@@ -217,7 +221,9 @@ def rms_step(g, p, state, group):
         mean = _kept(state, 'grad_avg', p).lerp_(g, 1-a)
         s = s.addcmul(mean, mean, value=-1)
     root = s.sqrt().add_(group['eps'])
-    if group['momentum']: p.add_(_kept(state, 'momentum_buffer', p).mul_(group['momentum']).addcdiv_(g, root), alpha=-group['lr'])
+    if group['momentum']:
+        v = _kept(state, 'momentum_buffer', p).mul_(group['momentum']).addcdiv_(g, root)
+        p.add_(v, alpha=-group['lr'])
     else: p.addcdiv_(g, root, value=-group['lr'])
 
 # %% ../nbs/30_optim.ipynb #ba7551ee
@@ -292,8 +298,8 @@ class Adam(Optimizer):
 
     def load_state_dict(self, saved):
         if any(g.get('decoupled_weight_decay', self.decoupled) != self.decoupled for g in saved['param_groups']):
-            raise ValueError(f"{type(self).__name__}: weight decay in the saved settings is {'in' if self.decoupled else 'beside'} the gradient; "
-                             f"load them into {'Adam' if self.decoupled else 'AdamW'}")
+            where,other = ('in', 'Adam') if self.decoupled else ('beside', 'AdamW')
+            raise ValueError(f'{type(self).__name__}: weight decay in the saved settings is {where} the gradient; load them into {other}')
         super().load_state_dict(saved)
 
 class AdamW(Adam):
@@ -374,7 +380,8 @@ def orthogonalize(g, p, state, group): return newton_schulz(g, group['ns_coeffic
 def muon_step(g, p, state, group):
     "p ← p - lr·scale·g, by the shape of the matrix"
     n,m = p.shape
-    p.add_(g, alpha=-group['lr'] * (.2*math.sqrt(max(n, m)) if group['adjust_lr_fn'] == 'match_rms_adamw' else math.sqrt(max(1, n/m))))
+    scale = .2*math.sqrt(max(n, m)) if group['adjust_lr_fn'] == 'match_rms_adamw' else math.sqrt(max(1, n/m))
+    p.add_(g, alpha=-group['lr']*scale)
 
 # %% ../nbs/30_optim.ipynb #209a4082
 class Muon(Optimizer):
@@ -491,7 +498,8 @@ _SMALL,_FULL = 2**14,2**18      # entries of a parameter that is packed, and of 
 
 def _dense(p):
     "Is it a plain tensor that fills a stretch of memory, whatever the order of its axes?"
-    return type(p) in (Tensor, Parameter) and p.is_floating_point() and (p.is_contiguous() or torch.empty_like(p, device='meta').stride() == p.stride())
+    dense = p.is_contiguous() or torch.empty_like(p, device='meta').stride() == p.stride()
+    return dense and type(p) in (Tensor, Parameter) and p.is_floating_point()
 
 def _alone(p):
     "Does nobody else hold this memory?"
@@ -655,9 +663,9 @@ def _fused_sgd(ps, gs, states, group):
     settings = {k: group[k] for k in ('lr', 'momentum', 'dampening', 'weight_decay', 'nesterov', 'maximize')}
     new = ['momentum_buffer' not in s for s in states] if group['momentum'] else [False]
     for first in set(new):                # the first direction is the gradient itself: the kernel is told so for those
-        now = [(p, g, s) for p,g,s,n in zip(ps, gs, states, new, strict=True) if n == first] if len(set(new)) > 1 else zip(ps, gs, states, strict=True)
-        ps_,gs_,ss = zip(*now, strict=True)
-        torch._fused_sgd_(ps_, gs_, _bufs(ps_, ss, 'momentum_buffer') if group['momentum'] else [], is_first_step=first, grad_scale=None,
+        here = [i for i,n in enumerate(new) if n == first] if group['momentum'] else range(len(ps))
+        p,g,s = ([xs[i] for i in here] for xs in (ps, gs, states))
+        torch._fused_sgd_(p, g, _bufs(p, s, 'momentum_buffer') if group['momentum'] else [], is_first_step=first, grad_scale=None,
                           found_inf=None, **settings)
 
 def _fused_adam(kernel):
