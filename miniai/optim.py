@@ -188,6 +188,7 @@ def load_state_dict(self:Optimizer,
         for k,v in s.items():
             if k not in _COUNTS and v.shape != p.shape:
                 raise ValueError(f'{name}: the saved {k} {tuple(v.shape)} is not for a parameter {tuple(p.shape)}')
+    for pack in (k for plan in self._plans.values() for k in plan.packs): pack.dissolve()
     self.state,self._plans = defaultdict(dict, {p: _follow(p, s) for p,s in state.items()}),{}
 
 # %% ../nbs/30_optim.ipynb #b7c02259
@@ -501,11 +502,16 @@ def _dense(p):
     dense = p.is_contiguous() or torch.empty_like(p, device='meta').stride() == p.stride()
     return dense and type(p) in (Tensor, Parameter) and p.is_floating_point()
 
-def _alone(p):
-    "Does nobody else hold this memory?"
-    storage = p.untyped_storage()
-    return (storage.nbytes() == p.numel()*p.element_size() and _storage_Use_Count(storage._cdata) <= 2
-            and not (p.device.type == 'cpu' and p.is_shared()))
+def _unshared(ps):
+    "The ids of parameters whose memory, theirs or a common one, nobody else holds"
+    places,free = defaultdict(list),set()
+    for p in ps: places[p.untyped_storage().data_ptr()].append(p)
+    for same in places.values():
+        same,storage,end = sorted(same, key=Tensor.storage_offset),same[0].untyped_storage(),0
+        for p in same: end = end + p.numel() if p.storage_offset() == end else math.nan        # one after another, no gap, no overlap
+        whole = storage.nbytes() == end*same[0].element_size() and _storage_Use_Count(storage._cdata) <= len(same)+1
+        if whole and not (same[0].device.type == 'cpu' and same[0].is_shared()): free |= {id(p) for p in same}
+    return free
 
 def _like(ps, flat):
     "Views of a flat tensor, one after another, shaped and laid out as `ps`"
@@ -563,11 +569,11 @@ class _Plan:
         self.ps,self.loners = list(ps),loners                         # the loners by their ids
         self.waiting = [p for p in ps if _dense(p) and p.grad is None and id(p) not in loners]
         self.others = [p for p in ps if not _dense(p)]                # go one by one
-        together = defaultdict(list)
+        together,unshared = defaultdict(list),_unshared(p for p in ps if _dense(p))
         for p in ps:
             if not _dense(p) or (p.grad is None and id(p) not in loners): continue
             counts = tuple((k, v.item() if k in _COUNTS else None) for k,v in sorted(state[p].items()))
-            packable = p.numel() < _SMALL and id(p) not in loners and _alone(p)
+            packable = p.numel() < _SMALL and id(p) not in loners and id(p) in unshared
             together[(p.dtype, p.device, counts) if packable else id(p)].append(p)
         packs = [_Pack(part, [state[p] for p in part]) for same in together.values() for part in _portions(same)]
         self.packs = sorted(packs, key=lambda k: not k.several)       # those of several first

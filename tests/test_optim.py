@@ -413,6 +413,18 @@ def test_what_is_not_alone_in_its_memory_stays_where_it_is():
     assert [p.data_ptr() for p in [*parts, held]] == places and torch.equal(alias, held) and torch.equal(whole, torch.cat(parts))
     assert free[0].untyped_storage().data_ptr() == free[1].untyped_storage().data_ptr()
 
+def test_a_second_optimizer_and_a_reloaded_one_pack_again():
+    model = net()
+    opt = AdamW(model.parameters(), flat=True)
+    train(model, opt, 0)
+    opt.load_state_dict(opt.state_dict())
+    train(model, opt, 1)
+    first = model[0].bias.data_ptr()
+    assert packed(model)
+    opt = SGD(model.parameters(), flat=True)
+    train(model, opt, 2)
+    assert packed(model) and model[0].bias.data_ptr() != first and len(opt._plans[0].packs) == 1
+
 def test_an_alias_taken_later_is_kept_even_when_the_pack_is_taken_apart():
     ps = start()
     opt = AdamW(ps, lr=.1, flat=True)
