@@ -7,30 +7,34 @@ from __future__ import annotations
 import dis, itertools, math
 from collections import namedtuple
 from functools import cache, wraps
+from importlib import import_module
+from importlib.util import find_spec
 import torch
 from torch import Tensor
 
 # %% auto #0
 __all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'COMPOSITE', 'RECURRENT', 'FORGETS', 'TWINS',
            'NONE', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times',
-           'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'turn', 'real', 'tie', 'scaled', 'at_zero',
-           'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank', 'unfold_back',
-           'extent', 'strided_back', 'listed', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back', 'share', 'first',
-           'pick_back', 'others', 'prod_back', 'norm_back', 'later', 'cumprod_back', 'logcumsumexp_back',
-           'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back', 'zero_at', 'rows_at',
-           'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights', 'index_reduce_back', 'conv_back',
-           'batch_norm_back', 'batch_norm_update_back', 'layer_norm_back', 'group_norm_back', 'came', 'attention_back',
-           'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes', 'share_of', 'distance', 'renorm_back', 'plain',
-           'repeated', 'conv_x', 'met', 'conv_w', 'but_channels', 'norm', 'unnorm', 'per_channel', 'grouped', 'last',
-           'sum_first', 'batch_norm_x', 'batch_norm_w', 'group_norm_x', 'group_stats_back', 'group_norm_w', 'root',
-           'attention', 'attention_s', 'gelu_slope', 'glu_back', 'embedding_back', 'place', 'nll_back',
-           'multi_margin_back', 'multilabel_margin_back', 'half', 'less', 'solve_back', 'triangular_back',
-           'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back', 'lu_solve_back', 'diagonal',
-           'det_back', 'slogdet_back', 'matrix_exp_back', 'eye', 'cholesky_back', 'qr_back', 'lu_back',
-           'lu_factor_back', 'lu_unpack_back', 'linalg_lu_back', 'over', 'over_gaps', 'eigh_back', 'eig_back',
-           'svd_back', 'pinv_back', 'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve',
-           'batch_norm', 'cross_entropy', 'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear', 'decomposition',
-           'writes', 'forgets', 'twin', 'NoRules']
+           'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'eye', 'turn', 'real', 'tie', 'scaled',
+           'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank',
+           'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back',
+           'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back', 'later', 'cumprod_back',
+           'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back',
+           'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights',
+           'index_reduce_back', 'segment_back', 'conv_back', 'batch_norm_back', 'batch_norm_update_back',
+           'layer_norm_back', 'group_norm_back', 'came', 'attention_back', 'flash_back', 'efficient_back',
+           'cudnn_attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes', 'share_of', 'distance',
+           'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w', 'but_channels', 'norm', 'unnorm',
+           'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x', 'batch_norm_w', 'group_norm_x',
+           'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope', 'glu_back',
+           'embedding_back', 'place', 'nll_back', 'multi_margin_back', 'multilabel_margin_back', 'half', 'less',
+           'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back',
+           'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back', 'matrix_exp_back', 'cholesky_back', 'qr_back',
+           'lu_back', 'lu_factor_back', 'lu_unpack_back', 'linalg_lu_back', 'mirrors_back', 'householder_back',
+           'ormqr_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back', 'lstsq_back',
+           'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy', 'bag',
+           'distance_of', 'all_to_all', 'pairs', 'trilinear', 'scores_cross_entropy', 'decomposition', 'writes',
+           'forgets', 'twin', 'NoRules']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -262,7 +266,8 @@ slope(aten.nan_to_num.default,          lambda y,a: a.isfinite())
 slope(aten.frac.default,                lambda y: 1)
 
 # %% ../nbs/11_rules.ipynb #5fb2cc42
-def flat(y): return torch.zeros_like(y)
+def flat(y):       return torch.zeros_like(y)
+def eye(a, *size): return torch.eye(*size, dtype=a.dtype, device=a.device)
 
 def turn(g, y, a):
     "Of a complex number's sign only the angle moves."
@@ -294,14 +299,14 @@ rule((aten.sub.Tensor, aten.sub.Scalar),
                                         lambda g,y: g,                                  lambda g,y,a,b,alpha: -scaled(g, alpha))
 rule((aten.rsub.Tensor, aten.rsub.Scalar),
                                         lambda g,y,a,b,alpha: -scaled(g, alpha),        lambda g,y: g)
+rule((aten.div.Tensor, aten.div.Scalar),
+                                        lambda g,y,a,b: g/conj(b),                      lambda g,y,a,b: -g*conj(a/b/b))
+rule((aten.div.Tensor_mode, aten.div.Scalar_mode),
+                                        lambda g,y,a,b,mode: g*0 if mode else g/b,      lambda g,y,a,b,mode: g*0 if mode else -g*a/b/b)
 rule(aten.where.self,                   None, lambda g,y,c: torch.where(c, g, 0),       lambda g,y,c: torch.where(c, 0, g))
 #     y = op(a, b)                      dy/da                                           dy/db
 slope((aten.mul.Tensor, aten.mul.Scalar),
                                         lambda y,a,b: b,                                lambda y,a: a)
-slope((aten.div.Tensor, aten.div.Scalar),
-                                        lambda y,a,b: 1/b,                              lambda y,a,b: -a/b/b)
-slope((aten.div.Tensor_mode, aten.div.Scalar_mode),
-                                        lambda y,a,b,mode: 0 if mode else 1/b,          lambda y,a,b,mode: 0 if mode else -a/b/b)
 slope((aten.fmod.Tensor, aten.fmod.Scalar),
                                         lambda y: 1,                                    lambda y,a,b: -(a/b).trunc())
 slope((aten.remainder.Tensor, aten.remainder.Scalar),
@@ -474,7 +479,7 @@ rule(aten.std.correction,               lambda g,y,a,d,n,keep: var_back(sqrt_bac
 rule(aten.var_mean.correction,          lambda g,y,a,d,n,keep: var_back(g[0], a, d, n, keep) + mean_back(g[1], a.shape, d, keep))
 rule(aten.std_mean.correction,          lambda g,y,a,d,n,keep: (var_back(sqrt_back(g[0], y[0]), a, d, n, keep)
                                                                 + mean_back(g[1], a.shape, d, keep)))
-rule(aten.trace.default,                lambda g,y,a: g*torch.eye(*a.shape, dtype=g.dtype, device=g.device))
+rule(aten.trace.default,                lambda g,y,a: g*eye(g, *a.shape))
 
 # %% ../nbs/11_rules.ipynb #c9f0e5da
 def share(g, y, a, dims, keepdim):
@@ -680,6 +685,10 @@ def product_weights(mine, a, b, d, i, at, total):
 
 def index_reduce_back(need, g, y, a, d, i, b, how, own): return reduce_back(need, g, y, a, d, like_rows(i, d, b), b, how, own)
 
+def segment_back(g, y, a, how, lengths, indices, offsets, axis, unsafe, initial):
+    return aten._segment_reduce_backward(g, y, a, how, lengths=lengths, offsets=offsets, axis=axis, initial=initial)
+
+rule(aten.segment_reduce.default,       segment_back, *[None]*3)
 rule(aten.scatter_reduce.two,           together=reduce_back, inputs=(0, 3))
 rule(aten.index_reduce.default,         together=index_reduce_back, inputs=(0, 3))
 
@@ -729,6 +738,29 @@ rule(aten.native_dropout.default,       lambda g,y,a,p,train: g[0] if train is F
 rule(aten.rrelu_with_noise.default,     lambda g,y,a,noise,lo,hi,train: g*(noise if train else torch.where(a > 0, 1, (lo+hi)/2)), None)
 rule(aten.grid_sampler_2d.default,      together=lambda need,g,y,a,grid,*how: aten.grid_sampler_2d_backward(g, a, grid, *how, need[:2]))
 rule(aten.grid_sampler_3d.default,      together=lambda need,g,y,a,grid,*how: aten.grid_sampler_3d_backward(g, a, grid, *how, need[:2]))
+
+# %% ../nbs/11_rules.ipynb #ae3e654c
+def flash_back(need, g, y, q, k, v, p, causal, debug, scale):
+    out,lse,cum_q,cum_k,max_q,max_k,seed,offset,_ = y
+    return aten._scaled_dot_product_flash_attention_backward(
+        g[0], q, k, v, out, lse, cum_q, cum_k, max_q, max_k, p, causal, seed, offset, scale=scale)
+
+def efficient_back(need, g, y, q, k, v, bias, lse, p, causal, scale):
+    if not lse and p:
+        raise NotImplementedError('aten._scaled_dot_product_efficient_attention: with dropout it cannot be run again for its logsumexp; '
+                                  'use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)')
+    if not lse: y = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, p, causal, scale=scale)
+    return aten._scaled_dot_product_efficient_attention_backward(g[0], q, k, v, bias, *y, p, need[:4], causal, scale=scale)
+
+def cudnn_attention_back(need, g, y, q, k, v, bias, lse, p, causal, debug, scale):
+    out,lse,cum_q,cum_k,max_q,max_k,seed,offset,_ = y
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        g[0], q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, p, causal, scale=scale)
+
+rule(aten._scaled_dot_product_flash_attention.default,     together=flash_back)
+rule(aten._scaled_dot_product_efficient_attention.default, together=efficient_back)
+rule(aten._scaled_dot_product_cudnn_attention.default,     together=cudnn_attention_back, inputs=(0, 1, 2))
+rule(aten.cudnn_grid_sampler.default,   together=lambda need,g,y,a,grid: aten.cudnn_grid_sampler_backward(a, grid, g))
 
 # %% ../nbs/11_rules.ipynb #8a319992
 def often(i, n):
@@ -1086,8 +1118,6 @@ rule(aten.linalg_cross.default,            lambda g,y,a,b,dim: torch.linalg.cros
                                            lambda g,y,a,b,dim: torch.linalg.cross(g, conj(a), dim=dim))
 
 # %% ../nbs/11_rules.ipynb #d52d64ab
-def eye(n, a): return torch.eye(n, dtype=a.dtype, device=a.device)
-
 def cholesky_back(g, l, upper):
     "Murray (2016), Differentiation of the Cholesky decomposition, eq. 8."
     if upper: g,l = g.mH,l.mH
@@ -1129,8 +1159,36 @@ def lu_unpack_back(g, y, a):
 
 def linalg_lu_back(g, y, a, pivot):
     _,gl,gu = g
-    return lu_back(gl, gu, y[0] if pivot else eye(a.shape[-2], gl), y[1], y[2])
+    return lu_back(gl, gu, y[0] if pivot else eye(gl, a.shape[-2]), y[1], y[2])
 
+def mirrors_back(g, a, tau, c, first):
+    "`c` goes through the mirrors 1 - t v v^H one after the other, and `g` back through them; each mirror sees both."
+    vs,seen = a.tril(-1) + eye(a, *a.shape[-2:]),[]
+    mirrors = [(vs[..., i:i+1], tau[..., i, None, None]) for i in range(tau.shape[-1])]
+    for v,t in mirrors if first else reversed(mirrors):
+        seen.append((v, t, c))
+        c = c - t*v @ (v.mH @ c)
+    gv,gt = [],[]
+    for v,t,c in reversed(seen):
+        vc,vg = v.mH @ c,v.mH @ g
+        gv.append(-conj(t)*g @ vc.mH - t*c @ vg.mH)
+        gt.append(-(conj(vc)*vg).sum(-1))
+        g = g - conj(t)*v @ vg
+    if first: gv,gt = gv[::-1],gt[::-1]
+    rest = a.new_zeros(*a.shape[:-1], a.shape[-1]-len(gv))                # columns that were no mirror
+    return torch.cat([*gv, rest], -1).tril(-1),torch.cat([*gt, tau[..., :0]], -1),g
+
+def householder_back(need, g, y, a, tau):
+    return mirrors_back(g, a, tau, eye(a, *a.shape[-2:]).expand(a.shape), False)[:2]
+
+def ormqr_back(need, g, y, a, tau, c, left, transpose):
+    "From the right is from the left for the transposed; the transposed product meets the mirrors in the other order."
+    if not left: g,c,transpose = g.mH,c.mH,not transpose
+    ga,gt,gc = mirrors_back(g, a, conj(tau) if transpose else tau, c, transpose)
+    return ga,conj(gt) if transpose else gt,gc if left else gc.mH
+
+rule(aten.linalg_householder_product.default, together=householder_back)
+rule(aten.ormqr.default,                   together=ormqr_back)
 #    y = op(a, ...)                        dL/da
 rule(aten.cholesky.default,                lambda g,y,a,upper: cholesky_back(g, y, upper))
 rule(aten.linalg_cholesky_ex.default,      lambda g,y,a,upper: cholesky_back(g[0], y[0], upper))
@@ -1146,7 +1204,7 @@ def over(x, gap):
 
 def over_gaps(x, l):
     "Entries of x over the gaps l_j - l_i; none on the diagonal."
-    one = eye(l.shape[-1], l)
+    one = eye(l, l.shape[-1])
     return over(x*(1-one), l[..., None, :] - l[..., :, None] + one)
 
 def eigh_back(g, y):
@@ -1183,7 +1241,7 @@ rule(aten._linalg_svd.default,             svd_back)
 # %% ../nbs/11_rules.ipynb #3294c51c
 def pinv_back(g, p, a):
     "Golub and Pereyra (1973), eq. 4.12."
-    unreached,unseen = eye(a.shape[-2], a) - a @ p,eye(a.shape[-1], a) - p @ a
+    unreached,unseen = eye(a, a.shape[-2]) - a @ p,eye(a, a.shape[-1]) - p @ a
     return unreached @ g.mH @ p @ p.mH + p.mH @ p @ g.mH @ unseen - p.mH @ g @ p.mH
 
 def lstsq_back(need, g, y, a, b):
@@ -1273,6 +1331,11 @@ def trilinear(run, a, b, c, i, j, k, dims, _):
     for d in k: c = run(aten.unsqueeze.default, c, d)
     return run(aten.sum.dim_IntList, run(aten.mul.Tensor, run(aten.mul.Tensor, a, b), c), dims)
 
+def scores_cross_entropy(run, x, w, targ, b, weight, reduction, ignore, smoothing, *how):
+    "A last layer and its loss, which PyTorch has in pieces that fit a cache: here in one."
+    reduction = ('none', 'mean', 'sum').index(reduction)
+    return run(aten.cross_entropy_loss.default, run(aten.linear.default, x, w, b), targ, weight, reduction, ignore, smoothing)
+
 #     operator                          its parts
 parts(aten.conv1d.default,              convolve)
 parts(aten.conv2d.default,              convolve)
@@ -1289,6 +1352,14 @@ parts(aten._embedding_bag_forward_only.default,
 parts(aten._cdist_forward.default,      all_to_all)
 parts(aten._pdist_forward.default,      pairs)
 parts(aten._trilinear.default,          trilinear)
+
+if find_spec('torch.nn.modules.linear_cross_entropy'):               # from PyTorch 2.13 on
+    import_module('torch.nn.modules.linear_cross_entropy')
+    chunked = torch.ops.torch_nn
+    parts(chunked._linear_cross_entropy_batch_chunked.default,
+                                        lambda run,x,*args: (scores_cross_entropy(run, x, *args), *[x.new_empty(0)]*3))
+    parts(chunked._linear_cross_entropy_batch_chunked_no_reduction.default,
+                                        lambda run,x,w,t,b,k,ignore,*how: scores_cross_entropy(run, x, w, t, b, k, 'none', ignore, 0.))
 
 # %% ../nbs/11_rules.ipynb #80dee0f0
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd

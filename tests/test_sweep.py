@@ -16,11 +16,11 @@ def names(found, what): return sorted(k for k,(v,_) in found.items() if v == wha
 
 def test_no_operator_is_wrong(operators):
     assert {k: operators[k] for k in names(operators, 'wrong')} == {}
-    assert len(names(operators, 'exact')) >= 525
+    assert len(names(operators, 'exact')) >= 533
 
 def test_what_is_refused_is_refused_by_name(operators):
     refused = names(operators, 'refused')
-    assert len(refused) <= 12
+    assert len(refused) <= 4
     for k in refused: assert 'no chain rule for ' in operators[k][1], operators[k]
 
 def test_no_operator_in_place_is_wrong():
@@ -30,7 +30,7 @@ def test_no_operator_in_place_is_wrong():
 
 def test_no_module_is_wrong(modules):
     assert {k: modules[k] for k in names(modules, 'wrong')} == {}
-    assert len(names(modules, 'exact')) >= 113
+    assert len(names(modules, 'exact')) == 114
 
 def test_the_sweep_finds_a_rule_that_is_wrong_by_a_thousandth():
     op, right = torch.ops.aten.sin.default, RULES[torch.ops.aten.sin.default]
