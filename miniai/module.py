@@ -12,7 +12,7 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor
 from torch.nn import Buffer, Parameter
-from .autograd import open_tapes
+from .tape import open_tapes
 
 # %% auto #0
 __all__ = ['Loaded', 'Module', 'ModuleList', 'ModuleDict', 'Lambda', 'Identity', 'Sequential', 'Residual', 'Parallel', 'Handle']
