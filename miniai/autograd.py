@@ -17,7 +17,7 @@ from . import tape as engine_room
 from .backprop import numerical_grad
 from .core import did_you_mean
 from .rules import Rule, aten
-from .tape import Edge, Node, double, is_float, leading, like, listed, open_tapes, seed, version
+from .tape import Aside, Edge, Node, double, hooked, is_float, leading, listed, open_tapes
 
 # %% auto #0
 __all__ = ['PASSAGE', 'TORCH', 'Tape', 'learns', 'accumulate', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Context',
@@ -27,62 +27,69 @@ __all__ = ['PASSAGE', 'TORCH', 'Tape', 'learns', 'accumulate', 'tape_of', 'with_
 
 # %% ../nbs/13_autograd.ipynb #7e64cf01
 class Tape(engine_room.Tape):
-    "Records what is computed inside `with Tape() as tape:`, to walk back through it; whoever asks PyTorch for gradients there asks the tape."
+    "Records what is computed inside `with Tape() as tape:`, to walk back; who asks PyTorch for gradients there asks the tape."
     def __init__(self,
         follow=None, # which tensors from outside are followed, `follow(x)`; None: all but frozen parameters
         model=None,  # a module whose parts give the recorded operators their names
     ):
         super().__init__(follow)
-        self.names = {id(m): name for name,m in model.named_modules()} if model else {}
+        self.fast,self.names = [],{id(m): name for name,m in model.named_modules()} if model else {}
 
     def __enter__(self):
-        TORCH.away()
+        TORCH.teach()
+        self.fast.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)      # its kernels for inference have no derivative
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        TORCH.back()
+        torch.backends.mha.set_fastpath_enabled(self.fast.pop())
 
 def learns(x): return x.requires_grad
 
 @patch
 def backward(self:Tape, ys, retain=False, create_graph=False, inputs=None):
     "Add the gradient of `ys` = [(y, g), ...] to the `grad` of every tensor with `requires_grad` that they depend on, or of `inputs`."
-    starts,taken = [(self.source(y), seed(y, g)) for y,g in ys],{g.data_ptr() for _,g in ys if g is not None}
-    xs = None if inputs is None else {s.node: x for x in inputs if (s := self.asked(x))}
-    def asked(n): return n in xs if xs is not None else n.leaf is not None and (x := n.leaf()) is not None and x.requires_grad
+    taken = {g.data_ptr() for _,g in ys if g is not None}
+    xs = None if inputs is None else {e.node: (x, e.i) for x in inputs if (e := self.asked(x, ys))}
+    def learnt(n): return n.leaf is not None and (x := n.leaf()) is not None and x.requires_grad
     def arrived(n, gs):
-        if asked(n): accumulate(n.leaf() if xs is None else xs[n], gs[0], taken)
-    useful = None if xs is None and self.follow is learns else leading([e.node for e,_ in starts], asked)
-    with self.aside(create_graph): self.walk(starts, useful, arrived, retain or create_graph)
+        if xs is not None: accumulate(xs[n][0], gs.get(xs[n][1]), taken)
+        elif learnt(n): accumulate(n.leaf(), gs[0], taken)
+    asked = xs.__contains__ if xs is not None else None if self.follow is learns else lambda n: learnt(n) or n.rule is PASSAGE
+    with Aside(self, create_graph): self.walk(ys, asked, arrived, retain or create_graph)
 
 def accumulate(x, g, taken):
     "Add `g` to `x.grad`; the first becomes it, as a tensor of its own."
+    if g is None: return
     if x.grad_fn is not None:
         raise RuntimeError(f'backward: a tensor {tuple(x.shape)} was computed outside the tape from others that require a gradient; '
                            'compute it inside, or detach() it')
-    for hook in (x._backward_hooks or {}).values():
-        if (new := hook(g)) is not None: g = new
-    if x.grad is None:
-        if g._base is not None or g.data_ptr() in taken: g = g.clone(memory_format=torch.preserve_format)
-        taken.add(g.data_ptr())
+    if x._backward_hooks: g = hooked(g, x._backward_hooks)
+    if x.grad is not None: x.grad.add_(g)
+    else:
+        if g._base is not None or (at := g.data_ptr()) in taken: g = g.clone(memory_format=torch.preserve_format)
+        else: taken.add(at)
         x.grad = g
-    else: x.grad.add_(g)
-    for hook in (x._post_accumulate_grad_hooks or {}).values(): hook(x)
+    if x._post_accumulate_grad_hooks:
+        for hook in x._post_accumulate_grad_hooks.values(): hook(x)
 
 # %% ../nbs/13_autograd.ipynb #44df3dc3
 def tape_of(ys):
     "The innermost open tape that recorded one of `ys`."
-    return next((t for t in open_tapes() if any((e := getattr(y, t.key, None)) and e.node for y in ys)), None)
+    for tape in open_tapes():
+        for y in ys:
+            if (edge := getattr(y, tape.key, None)) and edge.node: return tape
 
-def with_seeds(ys, gs): return list(zip(ys, [None]*len(ys) if gs is None else listed(gs), strict=True))
+def with_seeds(ys, gs): return list(zip(ys, listed(gs), strict=True)) if gs is not None else [(y, None) for y in ys]
 
 def backward_here(tensors, grad_tensors=None, retain_graph=None, create_graph=False, grad_variables=None, inputs=None):
     "`torch.autograd.backward` for what a tape recorded."
     ys = listed(tensors)
     if tape := tape_of(ys):
         return tape.backward(with_seeds(ys, grad_tensors), bool(retain_graph), create_graph, None if inputs is None else listed(inputs))
-    if any(y.requires_grad for y in ys): return TORCH.backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+    if any(y.requires_grad for y in ys) or not open_tapes():
+        return TORCH.backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
     raise RuntimeError(f'backward: no open tape recorded this tensor {tuple(ys[0].shape)}, or it depends on constants only; '
                        'compute it inside the tape, not under no_grad, from tensors that it follows')
 
@@ -114,7 +121,7 @@ class Context:
         "Forward is done: of outputs that were kept, keep doubles."
         self.doubles = {i: double(o) for i,o in enumerate(ys) if any(o is k for k in self.kept)}
         self.kept = [next((d for i,d in self.doubles.items() if ys[i] is k), k) for k in self.kept]
-        self.versions,self.nodes = version(self.kept),{}
+        self.versions,self.nodes = [k is not None and k._version for k in self.kept],{}
 
     @contextmanager
     def known(self):
@@ -128,13 +135,13 @@ class Context:
 
     @property
     def saved_tensors(self):
-        if version(self.kept) != self.versions: raise RuntimeError('Function: a tensor that it saved was changed in place afterwards; change a clone()')
-        return tuple(self.kept)
+        if [k is not None and k._version for k in self.kept] == self.versions: return tuple(self.kept)
+        raise RuntimeError(f'{self.function.__name__}: a tensor that it saved was changed in place afterwards; change a clone()')
 
 def apply_here(cls, *args, **kwargs):
     "`Function.apply` on every open tape: forward is not listened to, backward is the rule."
     tapes = open_tapes() if torch.is_grad_enabled() else []
-    if not tapes: return TORCH.apply.__func__(cls, *args, **kwargs)
+    if not tapes: return TORCH.apply(cls, *args, **kwargs)
     ctx = Context(cls, tuple([isinstance(a, Tensor) and any(t.source(a) for t in tapes) for a in args]))
     with torch.no_grad():
         if cls.setup_context is Function.setup_context: y = cls.forward(ctx, *args, **kwargs)
@@ -201,33 +208,22 @@ PASSAGE = Rule('hooks of a module', (), (0,), passage_back, several=True)
 def get_hooks_here(self):
     "`Module._get_backward_hooks`: those of the old kind do not act on a tape."
     full,old = TORCH.get_hooks(self)
-    if old: raise NotImplementedError('register_backward_hook: hooks of this old kind do not act on a tape; use register_full_backward_hook')
-    return full,old
+    if not old or not open_tapes(): return full,old
+    raise NotImplementedError('register_backward_hook: hooks of this old kind do not act on a tape; use register_full_backward_hook')
 
 # %% ../nbs/13_autograd.ipynb #925a9073
 class Torch:
-    "PyTorch's own words, kept while a tape is open and others stand in their places."
+    "PyTorch's own words. The first tape puts others in their places, which ask an open tape first and else say the same."
     def __init__(self):
-        self.tapes,self.fast,self.apply = 0,None,Function.__dict__['apply']
-        self.backward,self.grad,self.get_hooks = torch.autograd.backward,torch.autograd.grad,torch.nn.Module._get_backward_hooks
+        self.taught,self.get_hooks = False,torch.nn.Module._get_backward_hooks
+        self.backward,self.grad,self.apply = torch.autograd.backward,torch.autograd.grad,Function.__dict__['apply'].__func__
         self.register_hook,self.retain_grad,self.on_tensors = Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors
 
-    def say(self, apply, backward, grad, get_hooks, register_hook, retain_grad, on_tensors):
-        Function.apply,torch.autograd.backward,torch.autograd.grad,torch.nn.Module._get_backward_hooks = apply,backward,grad,get_hooks
-        Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors = register_hook,retain_grad,on_tensors
-
-    def away(self):
-        self.tapes += 1
-        if self.tapes > 1: return
-        self.say(classmethod(apply_here), backward_here, grad_here, get_hooks_here, register_hook_here, retain_grad_here, on_tensors_here)
-        self.fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)      # its kernels for inference have no derivative
-
-    def back(self):
-        self.tapes -= 1
-        if self.tapes: return
-        self.say(self.apply, self.backward, self.grad, self.get_hooks, self.register_hook, self.retain_grad, self.on_tensors)
-        torch.backends.mha.set_fastpath_enabled(self.fast)
+    def teach(self):
+        if self.taught: return
+        self.taught,torch.nn.Module._get_backward_hooks = True,get_hooks_here
+        torch.autograd.backward,torch.autograd.grad,Function.apply = backward_here,grad_here,classmethod(apply_here)
+        Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors = register_hook_here,retain_grad_here,on_tensors_here
 
 TORCH = Torch()
 
@@ -292,14 +288,23 @@ def check(what, f, xs, rtol, atol):
         off = (g-want).abs() - rtol*want.abs().max()
         if off.numel() and off.max() > atol:
             at = tuple(int(o) for o in torch.unravel_index(off.argmax(), x.shape))
-            raise ValueError(f'gradcheck: {what} of input {i} at {list(at)}: the tape says {g[at]:.8g}, differences say {want[at]:.8g}')
+            raise ValueError(f'gradcheck: {what} of input {i} at {list(at)}: '
+                             f'the tape says {g[at]:.8g}, differences say {want[at]:.8g}')
 
 # %% ../nbs/13_autograd.ipynb #85f5a2c0
 @patch
+def caller(self:Tape)->str:
+    "The name of the innermost module of the model that is at work: whose method is being called?"
+    frame = sys._getframe(1)
+    while frame:
+        if name := self.names.get(id(frame.f_locals.get('self'))): return name
+        frame = frame.f_back
+    return ''
+
+@patch
 def nodes(self:Tape)->dict:
     "{node: the shape of its output} of the operators that led to the last tensor computed, in their order."
-    last = self.last and self.last()
-    edge = None if last is None else self.source(last)
+    edge = self.last and self.last()
     if not edge: return {}
     found = sorted(leading([edge.node], lambda n: True), key=lambda n: n.number)
     shapes = {**{e.node: e.shape for n in found for e in n.edges}, edge.node: edge.shape}
@@ -326,8 +331,8 @@ def flops(self:Node, shape)->int:
 def rows(self:Tape)->list:
     "For each operator: its name, module, shapes in, shape out, bytes kept, work."
     def text(shape): return '×'.join(map(str, shape)) or '1'
-    return [(str(n.rule.op).removesuffix('.default'), n.where, ', '.join(text(e.shape) for e in n.edges), text(shape), n.bytes(), n.flops(shape))
-            for n,shape in self.nodes().items()]
+    return [(str(n.rule.op).removesuffix('.default'), n.where, ', '.join(text(e.shape) for e in n.edges), text(shape),
+             n.bytes(), n.flops(shape)) for n,shape in self.nodes().items()]
 
 def units(n:int, unit:str)->str:
     "1234567 as 1.2 M and the unit; nothing for 0."
@@ -355,5 +360,6 @@ def summary(self:Tape):
 
 @patch
 def _repr_html_(self:Tape):
-    def row(tag, cells): return '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
+    def cell(tag, text): return f'<{tag} style="text-align:left">{html.escape(text)}</{tag}>'
+    def row(tag, cells): return f"<tr>{''.join(cell(tag, c) for c in cells)}</tr>"
     return f'<p>{self.summary()}</p><table>{row("th", self.HEAD)}' + ''.join(row('td', r) for r in self.table()) + '</table>'

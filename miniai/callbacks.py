@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from .core import batch_size, default_device, to_device
 from .learner import Callback, CancelFitException, accuracy
+from .schedule import turn
 
 # %% auto #0
-__all__ = ['DeviceCB', 'MetricsCB', 'RecordCB', 'SchedCB', 'table_row', 'table_head', 'ProgressCB', 'LogCB', 'InterruptCB']
+__all__ = ['DeviceCB', 'MetricsCB', 'RecordCB', 'SchedCB', 'ScheduleFreeCB', 'table_row', 'table_head', 'ProgressCB', 'LogCB',
+           'InterruptCB']
 
 # %% ../nbs/51_callbacks.ipynb #188a3c2e
 class DeviceCB(Callback):
@@ -71,20 +73,20 @@ class RecordCB(Callback):
 class SchedCB(Callback):
     "Hyper-parameters as functions of the part of the training that is done."
     def __init__(self,
-        **scheds, # `lr=one_cycle(.1)`: any setting of the optimizer's groups, a function of t from 0 to 1
+        **scheds, # `lr=one_cycle(.1)`: a setting of the optimizer's groups and its schedule, or a list of one for each group
     ): self.scheds = scheds
 
-    def before_fit(self, learn):
-        for k in self.scheds:
-            if k not in learn.opt.param_groups[0]:
-                raise ValueError(f"SchedCB: {type(learn.opt).__name__} has no setting {k}; it has {', '.join(learn.opt.param_groups[0])}")
-
+    def before_fit(self, learn): turn(learn.opt, 0., **self.scheds)
     def before_batch(self, learn):
-        if not learn.training: return
-        for k,sched in self.scheds.items():
-            for group in learn.opt.param_groups: group[k] = sched(learn.done)
+        if learn.training: turn(learn.opt, learn.done, **self.scheds)
 
     def __repr__(self): return f"SchedCB({', '.join(self.scheds)})"
+
+# %% ../nbs/51_callbacks.ipynb #f19e4c9e
+class ScheduleFreeCB(Callback):
+    "The average of a schedule-free optimizer in the model, except while it trains."
+    def before_train(self, learn):  learn.opt.train()
+    def cleanup_train(self, learn): learn.opt.eval()
 
 # %% ../nbs/51_callbacks.ipynb #a06e4dab
 def table_row(row:dict)->str:

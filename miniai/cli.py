@@ -106,7 +106,8 @@ def train(
     from miniai.core import set_seed
     from miniai.datasets import SAMPLE, DataLoaders, fashion_mnist
     from miniai.learner import Learner
-    from miniai.optim import SGD, one_cycle
+    from miniai.optim import SGD
+    from miniai.schedule import one_cycle
     from miniai.vision import build
     device = pick_device(device)
     autograd.engine(engine)            # and so are these

@@ -13,26 +13,28 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'PARTS', 'Rule', 'rule', 'overloads',
-           'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times', 'slope', 'unless', 'nonzero',
-           'at_least', 'at_most', 'flat', 'eye', 'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log',
-           'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank', 'unfold_back', 'extent', 'strided_back',
-           'listed', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back', 'others',
-           'prod_back', 'norm_back', 'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows', 'column',
-           'matmul_a', 'matmul_b', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back',
-           'product_weights', 'index_reduce_back', 'segment_back', 'conv_back', 'batch_norm_back',
-           'batch_norm_update_back', 'layer_norm_back', 'group_norm_back', 'came', 'attention_back', 'flash_back',
-           'efficient_back', 'cudnn_attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes',
-           'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w', 'but_channels',
-           'norm', 'unnorm', 'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x', 'batch_norm_w',
-           'group_norm_x', 'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope',
-           'glu_back', 'embedding_back', 'place', 'nll_back', 'multi_margin_back', 'multilabel_margin_back', 'half',
-           'less', 'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back',
-           'cholesky_inverse_back', 'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back', 'matrix_exp_back',
-           'cholesky_back', 'qr_back', 'lu_back', 'lu_factor_back', 'lu_unpack_back', 'linalg_lu_back', 'mirrors_back',
-           'householder_back', 'ormqr_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back',
-           'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy',
-           'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear', 'scores_cross_entropy']
+__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'COMPOSITE', 'RECURRENT', 'FORGETS', 'TWINS',
+           'NONE', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times',
+           'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'eye', 'turn', 'real', 'tie', 'scaled',
+           'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank',
+           'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back',
+           'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back', 'later', 'cumprod_back',
+           'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back',
+           'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights',
+           'index_reduce_back', 'segment_back', 'conv_back', 'batch_norm_back', 'batch_norm_update_back',
+           'layer_norm_back', 'group_norm_back', 'came', 'attention_back', 'flash_back', 'efficient_back',
+           'cudnn_attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes', 'share_of', 'distance',
+           'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w', 'but_channels', 'norm', 'unnorm',
+           'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x', 'batch_norm_w', 'group_norm_x',
+           'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope', 'glu_back',
+           'embedding_back', 'place', 'nll_back', 'multi_margin_back', 'multilabel_margin_back', 'half', 'less',
+           'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back',
+           'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back', 'matrix_exp_back', 'cholesky_back', 'qr_back',
+           'lu_back', 'lu_factor_back', 'lu_unpack_back', 'linalg_lu_back', 'mirrors_back', 'householder_back',
+           'ormqr_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back', 'lstsq_back',
+           'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy', 'bag',
+           'distance_of', 'all_to_all', 'pairs', 'trilinear', 'scores_cross_entropy', 'decomposition', 'writes',
+           'forgets', 'twin', 'NoRules']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -46,8 +48,10 @@ class Rule:
         inputs,        # which arguments have one
         together=None, # or one function for all inputs, `f(need, g, y, *args)`, where a kernel computes them at once
         several=False, # are there several outputs?
+        parts=None,    # or the operator as a program of others, `parts(run, *args)`
     ):
-        self.op,self.fs,self.together,self.plain,self.several,self.view,self.loose = op,fs,together,None,several,False,False
+        self.op,self.fs,self.together,self.parts,self.plain = op,fs,together,parts,None
+        self.several,self.view,self.loose = several,False,False
         self.inputs = [i for i in inputs if i >= len(fs) or fs[i]]
         self.counts = [f and reads(f).n for f in fs]
         self.keeps,self.defaults,self.tensors = Keeps(self),(),None
@@ -56,8 +60,9 @@ class Rule:
     def look(self, schema):
         "What PyTorch says of the operator."
         self.defaults = [(a.name, a.default_value) for a in schema.arguments]
+        self.n = len(self.defaults)
         self.tensors = tensors(self.op)
-        self.several = [str(r.type) for r in schema.returns] != ['Tensor']
+        self.several = len(schema.returns) > 1 or 'List' in str([r.type for r in schema.returns])
         self.view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)     # can an output be a view of the input?
         self.loose = self.view and not self.op.is_view                                          # or a copy, as it happens?
 
@@ -66,13 +71,14 @@ class Rule:
         rest = self.defaults[len(args):]
         return [*args, *[kwargs.get(name, value) for name,value in rest]] if rest else args
 
-    def __call__(self, wanted, g, y, args):
-        "The gradients at the inputs with the numbers `wanted`."
+    def __call__(self, parents, g, y, args):
+        "For each of `parents`, (number of the input, anything): that, and the gradient at the input."
         if self.together:
+            wanted = [i for i,_ in parents]
             ds = self.together([i in wanted for i in range(len(args))], g, y, *args)
-            return [ds[i] for i in wanted]
-        if any(i >= len(self.fs) for i in wanted): raise self.missing(f'input {min(i for i in wanted if i >= len(self.fs))}')
-        return [self.fs[i](g, y, *args[:self.counts[i]]) for i in wanted]
+            return [(p, ds[i]) for i,p in parents]
+        if parents and parents[-1][0] >= len(self.fs): raise self.missing(f'input {parents[-1][0]}')
+        return [(p, self.fs[i](g, y, *args[:self.counts[i]])) for i,p in parents]
 
     def missing(self, what): return NotImplementedError(f'no chain rule for {self.op}, {what}. Add a row with miniai.rules.rule, or detach() it')
 
@@ -567,9 +573,7 @@ rule(aten.logcumsumexp.default,         logcumsumexp_back)
 rule(aten.linalg_vector_norm.default,   norm_back)
 
 # %% ../nbs/11_rules.ipynb #0665daeb
-def rows(x): return x.flatten(0, -2) if x.ndim > 1 else x[None]
-def column(g, ndim): return g if ndim > 1 else g.unsqueeze(-1)
-
+def rows(x): return x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 1 else x[None]
 def matmul_a(g, a, b):
     "dL/da of a @ b, where either may be a vector or a stack of matrices"
     if b.ndim == 1: return g.unsqueeze(-1)*conj(b)
@@ -582,6 +586,15 @@ def matmul_b(g, a, b):
     if b.ndim == 2: return conj(rows(a)).mT @ rows(g)
     return conj(a).mT @ g
 
+def linear_x(g, w):
+    "dL/dx of x @ w.T, for any number of rows; `w` may be a single row"
+    if w.ndim == 1: g,w = g.unsqueeze(-1),w[None]
+    return g.mm(w.conj()) if g.ndim == 2 else g @ w.conj()
+
+def linear_w(g, x, ndim):
+    "dL/dw of x @ w.T"
+    return rows(g if ndim == 2 else g.unsqueeze(-1)).t().mm(rows(x.conj()))
+
 #    y = a @ b                          dL/da                                           dL/db
 rule(aten.dot.default,                  lambda g,y,a,b: g*conj(b),                      lambda g,y,a: g*conj(a))
 rule(aten.vdot.default,                 lambda g,y,a,b: conj(g)*b,                      lambda g,y,a: g*a)
@@ -592,9 +605,7 @@ rule(aten.matmul.default,               lambda g,y,a,b: matmul_a(g, a, b),      
 rule(aten._grouped_mm.default,          lambda g,y,a,b,ends: aten._grouped_mm(g, b.mT, ends),
                                         lambda g,y,a,b,ends: aten._grouped_mm(a.mT, g, ends), None)
 #    y = x @ w.T + b                    dL/dx, dL/dw, dL/db
-rule(aten.linear.default,               lambda g,y,x,w: column(g, w.ndim) @ conj(w if w.ndim > 1 else w[None]),
-                                        lambda g,y,x,w: rows(column(g, w.ndim)).mT @ rows(conj(x)),
-                                        lambda g,y: g)
+rule(aten.linear.default,               lambda g,y,x,w: linear_x(g, w), lambda g,y,x,w: linear_w(g, x, w.ndim), lambda g,y: g)
 #    y = beta*c + alpha*(a @ b)         dL/dc, dL/da, dL/db
 rule((aten.addmm.default, aten.baddbmm.default, aten.addbmm.default),
                                         lambda g,y,c,a,b,beta:       scaled(g, beta),
@@ -728,7 +739,7 @@ rule(aten.rrelu_with_noise.default,     lambda g,y,a,noise,lo,hi,train: g*(noise
 rule(aten.grid_sampler_2d.default,      together=lambda need,g,y,a,grid,*how: aten.grid_sampler_2d_backward(g, a, grid, *how, need[:2]))
 rule(aten.grid_sampler_3d.default,      together=lambda need,g,y,a,grid,*how: aten.grid_sampler_3d_backward(g, a, grid, *how, need[:2]))
 
-# %% ../nbs/11_rules.ipynb #ae3e654c
+# %% ../nbs/11_rules.ipynb #e5bc0993
 def flash_back(need, g, y, q, k, v, p, causal, debug, scale):
     out,lse,cum_q,cum_k,max_q,max_k,seed,offset,_ = y
     return aten._scaled_dot_product_flash_attention_backward(
@@ -1278,11 +1289,9 @@ constant("""detach lift_fresh
     heaviside floor_divide _local_scalar_dense""")
 
 # %% ../nbs/11_rules.ipynb #f4a9c033
-PARTS = {}     # operator: the same as a program of others, `f(run, *args)`
-
 def parts(op, f):
-    "A row for an operator that is a word for others."
-    PARTS[op] = f
+    "A row for an operator that is a word for others: `f(run, *args)` says it in these."
+    RULES[op] = Rule(op, (), (), parts=f)
 
 def cast(run, x, dtype): return x if dtype in (None, x.dtype) else run(aten._to_copy.default, x, dtype=dtype)
 
@@ -1351,3 +1360,46 @@ if find_spec('torch.nn.modules.linear_cross_entropy'):               # from PyTo
                                         lambda run,x,*args: (scores_cross_entropy(run, x, *args), *[x.new_empty(0)]*3))
     parts(chunked._linear_cross_entropy_batch_chunked_no_reduction.default,
                                         lambda run,x,w,t,b,k,ignore,*how: scores_cross_entropy(run, x, w, t, b, k, 'none', ignore, 0.))
+
+# %% ../nbs/11_rules.ipynb #80dee0f0
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+@cache
+def decomposition(op):
+    "The operator as a program of others, `f(*args, **kwargs)`: its own, or the one in PyTorch's table; None if there is none."
+    from torch._decomp import decomposition_table
+    own = (lambda *args, **kwargs: op._op_dk(COMPOSITE, *args, **kwargs)) if op.has_kernel_for_dispatch_key(COMPOSITE) else None
+    theirs = decomposition_table.get(op)
+    return theirs or own if op._schema.name.startswith(RECURRENT) else own or theirs
+
+RECURRENT = 'aten::lstm', 'aten::gru', 'aten::rnn'      # their own way writes into buffers
+
+@cache
+def writes(op): return op._schema.is_mutable and not op.has_kernel_for_dispatch_key(COMPOSITE)
+
+@cache
+def forgets(op):
+    "Does it write over its input, whatever was there?"
+    return op._schema.name.removeprefix('aten::') in FORGETS
+
+FORGETS = 'uniform_ normal_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_ random_ zero_'.split()
+
+@cache
+def twin(op):
+    "`aten.add.Tensor` for `aten.add_.Tensor`, or None."
+    if op in TWINS: return TWINS[op]
+    name = op._schema.name.removeprefix('aten::')
+    packet = getattr(aten, name[:-1], None) if name.endswith('_') else None
+    other = getattr(packet, op._overloadname or 'default', None)
+    def takes(op): return [(a.name, str(a.type)) for a in op._schema.arguments]
+    return other if other and takes(other) == takes(op) else None
+
+TWINS = {aten.transpose_.default: aten.transpose.int, aten.pow_.Scalar: aten.pow.Tensor_Scalar, aten.pow_.Tensor: aten.pow.Tensor_Tensor}
+
+class NoRules(dict):
+    "{operator: a rule that knows its inputs, and no derivative}, made when asked for."
+    def __missing__(self, op):
+        self[op] = Rule(op, (), tensors(op))
+        return self[op]
+
+NONE = NoRules()

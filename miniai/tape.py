@@ -7,26 +7,24 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from heapq import heappop, heappush
 from itertools import count
 from weakref import ref
 from fastcore.basics import patch
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode_temporarily
-from .rules import PARTS, RULES, Rule, aten, tensors
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from .rules import NONE, RULES, Rule, decomposition, forgets, twin, writes
 
 # %% auto #0
-__all__ = ['VERSIONS', 'COMPOSITE', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'RECURRENT', 'NONE', 'TWINS', 'FORGETS',
-           'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like', 'version', 'Node', 'double', 'Tape', 'caller',
-           'versions', 'writes', 'decomposition', 'NoRules', 'Grads', 'listed', 'fit', 'call_hooks', 'leading',
-           'open_tapes', 'seed', 'twin', 'places', 'memory', 'rest', 'put']
+__all__ = ['VERSIONS', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like',
+           'listed', 'Node', 'double', 'Tape', 'versions', 'Grads', 'fit', 'hooked', 'leading', 'open_tapes', 'Aside',
+           'seed', 'places', 'memory', 'rest', 'put']
 
 # %% ../nbs/12_tape.ipynb #44df3dc3
 class Edge:
     "Where a tensor came from, output `i` of a node (None: a constant), and what it is like; for a view also the edge that its base had."
-    __slots__ = 'node', 'i', 'shape', 'dtype', 'was'
+    __slots__ = 'node', 'i', 'shape', 'dtype', 'was', '__weakref__'
     def __init__(self, x, node=None, i=0, was=None): self.node,self.i,self.shape,self.dtype,self.was = node,i,x.shape,x.dtype,was
     @property
     def ndim(self): return len(self.shape)
@@ -37,7 +35,7 @@ class Edge:
 
 def is_float(x): return isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
 def like(a): return Edge(a) if isinstance(a, Tensor) else [like(o) for o in a] if a.__class__ in (list, tuple) else a
-def version(a): return [version(o) for o in a] if a.__class__ in (list, tuple) else getattr(a, '_version', None)
+def listed(a): return a if a.__class__ in (list, tuple) else (a,)
 
 # %% ../nbs/12_tape.ipynb #a05ff90b
 class Node:
@@ -49,20 +47,24 @@ class Node:
         self.args,self.y = list(args[:keep.n]),None
         for i in keep.gone: self.args[i] = None
         for i in keep.likes: self.args[i] = like(self.args[i])
-        self.versions = [version(self.args[i]) for i in keep.values]
+        self.tensors = [a for i in keep.values for a in listed(self.args[i]) if isinstance(a, Tensor)]
+        self.versions = [a._version for a in self.tensors]
 
     def keep_outputs(self, ys, writes=0):
         "As much of the outputs as the rule will read; if the operator writes, PyTorch counts that when we are done."
-        want = self.keep.y
-        self.y = [like(o) if want == 'like' else double(o) if want == 'value' or i in want else None for i,o in enumerate(ys)]
-        self.versions += [None if (v := version(o)) is None else v + writes for o in self.y]
+        want,self.y = self.keep.y,[]
+        for i,y in enumerate(ys):
+            self.y.append(like(y) if want == 'like' else double(y) if want == 'value' or i in want else None)
+            if isinstance(self.y[i], Tensor):
+                self.tensors.append(self.y[i])
+                self.versions.append(y._version + writes)
 
     @property
     def edges(self):
         "Where the inputs came from, lists flattened."
         return [e for _,p in self.parents for e in (p if p.__class__ is list else (p,)) if e]
 
-VERSIONS,COMPOSITE = torch._C.DispatchKey.ADInplaceOrView,torch._C.DispatchKey.CompositeImplicitAutograd
+VERSIONS = torch._C.DispatchKey.ADInplaceOrView
 is_excluded,exclude = torch._C._dispatch_tls_is_dispatch_key_excluded,torch._C._dispatch_tls_set_dispatch_key_excluded
 
 def double(x):
@@ -71,14 +73,13 @@ def double(x):
     exclude(VERSIONS, False)
     twin = x.detach()
     exclude(VERSIONS, was)
-    for k,edge in x.__dict__.items():
-        if k.startswith('_edge'): setattr(twin, k, edge)
+    if x.__dict__: twin.__dict__.update({k: edge for k,edge in x.__dict__.items() if k.startswith('_edge')})
     return twin
 
 # %% ../nbs/12_tape.ipynb #388dc17a
 class Tape(TorchDispatchMode):
     "Records what is computed inside `with Tape() as tape:`, to walk back through it."
-    names = {}     # {id of a module: its name}, for who wants to know where operators were called
+    names = {}     # {id of a module: its name}, for who wants to know which of them called an operator
     def __init__(self,
         follow=None, # which tensors from outside are followed, `follow(x)`; None: all but frozen parameters
     ):
@@ -103,9 +104,10 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         rule = RULES.get(op)
-        if rule is None or self.walking or not torch.is_grad_enabled(): return self.other(op, args, kwargs or {})
-        y = op(*args, **(kwargs or {})) if not rule.loose else self.noting_views(op, args, kwargs or {})
-        self.record(rule, rule.full(args, kwargs or {}), y)
+        if not rule or rule.parts or self.walking or not torch.is_grad_enabled(): return self.other(op, rule, args, kwargs or {})
+        if rule.loose: y = self.noting_views(op, args, kwargs or {})
+        else: y = op(*args, **kwargs) if kwargs else op(*args)
+        self.record(rule, args if len(args) == rule.n else rule.full(args, kwargs or {}), y)
         return y
 
     @classmethod
@@ -115,19 +117,20 @@ SERIAL = count()
 
 # %% ../nbs/12_tape.ipynb #925a9073
 @patch
-def record(self:Tape, rule, args, y):
+def record(self:Tape, rule, args, y)->Node|None:
     "`y` came of a call with `args`: hang a node on it, or mark it as a constant."
-    several = y.__class__ in (list, tuple)
-    ys,parents,key = (y if several else (y,)),self.parents(rule, args),self.key
-    node = Node(next(self.numbers), rule, parents, args) if parents else None
+    node = Node(next(self.numbers), rule, parents, args) if (parents := self.parents(rule, args)) else None
+    was = self.base_edge(args[0]) if rule.view and rule.inputs else None
+    ys = y if rule.several else (y,)
     if node:
         if node.keep.y: node.keep_outputs(ys)
         if rule.several: node.like = [like(o) for o in ys]
-        if self.names: node.where = caller(self.names)
-        self.last = ref(ys[0])
-    was = self.base_edge(args[0]) if rule.view and rule.inputs else None
+        if self.names: node.where = self.caller()
     for i,o in enumerate(ys):
-        if is_float(o) and not getattr(o, key, None): setattr(o, key, Edge(o, node, i, was))     # else it is an input
+        if is_float(o) and not getattr(o, self.key, None):      # else it is an input
+            edge = Edge(o, node, i, was)
+            setattr(o, self.key, edge)
+            if node: self.last = ref(edge)
     return node
 
 @patch
@@ -139,14 +142,6 @@ def parents(self:Tape, rule, args)->list:
         if not edge or edge.was or not edge.node: edge = self.source(args[i])
         if edge: found.append((i, edge))
     return found
-
-def caller(names)->str:
-    "The name of the innermost module at work: whose method is being called?"
-    frame = sys._getframe(1)
-    while frame:
-        if name := names.get(id(frame.f_locals.get('self'))): return name
-        frame = frame.f_back
-    return ''
 
 @patch
 def base_edge(self:Tape, x)->Edge|None:
@@ -161,7 +156,7 @@ def source(self:Tape, x)->Edge|list|None:
     if not is_float(x): return None
     edge = getattr(x, self.key, None)
     if not edge: edge = self.meet(x)
-    elif edge.was and x._base is not None and getattr(x._base, self.key) is not edge.was: edge = self.look_again(x)
+    elif edge.was and x._base is not None and self.base_edge(x) is not edge.was: edge = self.look_again(x)
     if edge.node: return edge
     return self.watch(x) if x.requires_grad else None      # it was made inside, and is to be learnt
 
@@ -192,13 +187,13 @@ LEAF = Rule('leaf', (), ())
 
 # %% ../nbs/12_tape.ipynb #1b0dab15
 @patch
-def other(self:Tape, op, args, kwargs):
-    "An operator without a row: one that writes, a word for others, or unknown."
+def other(self:Tape, op, rule, args, kwargs):
+    "An operator that is not to be recorded, or has no row: one that writes, a word for others, or unknown."
     if self.walking or not torch.is_grad_enabled(): return op(*args, **kwargs)
-    if writes(op): return self.write(op, args, kwargs)
-    y = PARTS[op](self.run, *NONE[op].full(args, kwargs)) if op in PARTS else NotImplemented
-    if y is NotImplemented and (parts := decomposition(op)):
-        with self.listening(op): y = parts(*args, **kwargs)
+    y = rule.parts(self.run, *rule.full(args, kwargs)) if rule else NotImplemented
+    if y is NotImplemented and writes(op): return self.write(op, args, kwargs)
+    if y is NotImplemented and (program := decomposition(op)):
+        with self.listening(op): y = program(*args, **kwargs)
     if y is NotImplemented: self.record(NONE[op], NONE[op].full(args, kwargs), y := op(*args, **kwargs))
     return y
 
@@ -227,41 +222,21 @@ class versions:
         exclude(VERSIONS, self.off)
     def __exit__(self, *error): exclude(VERSIONS, self.was)
 
-@cache
-def writes(op): return op._schema.is_mutable and not op.has_kernel_for_dispatch_key(COMPOSITE)
 
-@cache
-def decomposition(op):
-    "The operator as a program of others: its own, or the one in PyTorch's table."
-    from torch._decomp import decomposition_table
-    own = (lambda *args, **kwargs: op._op_dk(COMPOSITE, *args, **kwargs)) if op.has_kernel_for_dispatch_key(COMPOSITE) else None
-    theirs = decomposition_table.get(op)
-    return theirs or own if op._schema.name.startswith(RECURRENT) else own or theirs
-
-RECURRENT = 'aten::lstm', 'aten::gru', 'aten::rnn'      # their own way writes into buffers
-
-class NoRules(dict):
-    "For an operator without a row: its inputs are known, its derivative is not."
-    def __missing__(self, op):
-        self[op] = Rule(op, (), tensors(op))
-        return self[op]
-NONE = NoRules()
 
 # %% ../nbs/12_tape.ipynb #ab9ff9df
 @patch
-def pull(self:Node, gs, give, useful, deep):
+def pull(self:Node, gs, give, useful=None, deep=False):
     "One step of the chain rule: from the gradients at the outputs, `gs`, to those at the inputs, which `give(edge, g)` takes."
     self.check()
     rule,y = self.rule.plain if deep and self.rule.plain else self.rule,self.y
-    g = Grads(gs, self.like) if rule.several else gs[0]
+    read = g = Grads(gs, self.like) if rule.several else gs[0]
     if y and not rule.several: y = y[0]
     todo = self.parents if useful is None else [(i, p) for i,p in self.parents if any(e and e.node in useful for e in listed(p))]
-    ds = rule([i for i,_ in todo], g, y, self.args)
-    for (_,p),d in zip(todo, ds, strict=True):
-        if p.__class__ is list:
-            for e,d in zip(p, d, strict=True): e and d is not None and give(e, d)
-        elif d is not None: give(p, d)
-    if rule.several and (missed := gs.keys() - g.read): raise rule.missing(f'output {min(missed)}')
+    for p,d in rule(todo, g, y, self.args):
+        for edge,g in zip(p, d, strict=True) if p.__class__ is list else ((p, d),):
+            if edge and g is not None: give(edge, g)
+    if rule.several and (missed := gs.keys() - read.read): raise rule.missing(f'output {min(missed)}')
 
 class Grads:
     "The gradients at several outputs, zeros where none arrived. It knows which were read."
@@ -276,21 +251,18 @@ class Grads:
 @patch
 def check(self:Node):
     "Are the kept values still there, and what they were?"
-    if self.args is None: raise RuntimeError(f'{self.rule.op}: the tape was walked already and what it kept is gone; keep it with retain=True')
-    kept = [*[self.args[i] for i in self.keep.values], *(self.y or ())]
-    now = [version(a) for a in kept]
-    if now == self.versions: return
-    x = next(a for a,v,w in zip(kept, now, self.versions, strict=True) if v != w)
-    raise RuntimeError(f'{self.rule.op}: its derivative needs a tensor {tuple(listed(x)[0].shape)} that was changed in place afterwards; '
+    if self.args is None:
+        raise RuntimeError(f'{self.rule.op}: the tape was walked already and what it kept is gone; keep it with retain=True')
+    if [x._version for x in self.tensors] == self.versions: return
+    x = next(x for x,v in zip(self.tensors, self.versions, strict=True) if x._version != v)
+    raise RuntimeError(f'{self.rule.op}: its derivative needs a tensor {tuple(x.shape)} that was changed in place afterwards; '
                        'change a clone(), or use the operator that is not in place')
-
-def listed(p): return p if p.__class__ in (list, tuple) else (p,)
 
 # %% ../nbs/12_tape.ipynb #d4e881f3
 def fit(g, like):
     "`g` in the shape and type of what it is the gradient of: what was repeated is summed, what was cast is cast back."
     if (came := g.shape) != like.shape:
-        if g.ndim > like.ndim: g = g.sum(list(range(g.ndim-like.ndim)))
+        if g.ndim > like.ndim: g = g.sum(tuple(range(g.ndim-like.ndim)))
         if g.shape != like.shape and (ones := [i for i,n in enumerate(like.shape) if n == 1]): g = g.sum(ones, keepdim=True)
         if g.shape != like.shape: raise ValueError(f'a rule gave a gradient {tuple(came)} for an input {tuple(like.shape)}')
     if g.dtype != like.dtype: g = (g.real if g.is_complex() and not like.dtype.is_complex else g).to(like.dtype)
@@ -299,42 +271,39 @@ def fit(g, like):
 # %% ../nbs/12_tape.ipynb #470aedff
 @patch
 def walk(self:Tape,
-    starts,       # (edge, g) of the outputs
-    useful,       # the nodes that lead to what is asked for; None: all
+    ys,           # [(y, g), ...]: the outputs, and the gradients there (None: 1)
+    asked,        # `asked(node)`: is this one whose gradients are wanted? None: all leaves
     arrived,      # `arrived(node, gs)`: all contributions to the gradients of its outputs are in `gs`
     retain=False, # keep what the rules read?
 ):
     "The chain rule, from the outputs back: each node once, the last made first."
-    listeners = [t for t in open_tapes() if not t.walking]
-    gs,waiting = {},[]
+    starts = [(e, seed(y, g)) for y,g in ys if (e := self.source(y))]
+    useful = None if asked is None else leading([e.node for e,_ in starts], asked)
+    listeners,gs,waiting = [t for t in open_tapes() if not t.walking],{},[]     # gs: {node: {output: gradient}} of those that wait
     def give(edge, g):
         node,i = edge.node,edge.i
         if useful is not None and node not in useful: return
         if g.shape != edge.shape or g.dtype != edge.dtype: g = fit(g, edge)
-        if node not in gs:
+        if (have := gs.get(node)) is None:
             gs[node] = {i: g}
             heappush(waiting, (-node.number, node))
-        else: gs[node][i] = gs[node][i] + g if i in gs[node] else g
+        else: have[i] = have[i] + g if i in have else g
     for edge,g in starts: give(edge, g)
     while waiting:
         node = heappop(waiting)[1]
         g = gs.pop(node)
-        if node.hooks: call_hooks(node, g)
-        arrived(node, g)
-        if node.parents:
-            with self.known(node) if self in listeners else nullcontext(): node.pull(g, give, useful, bool(listeners))
-            if not retain: node.free()
+        if node.hooks: g = {i: hooked(d, node.hooks.get(i, {})) for i,d in g.items()}
+        if node.leaf if asked is None else asked(node): arrived(node, g)
+        if not node.parents: continue
+        if not listeners: node.pull(g, give, useful)
+        else:
+            with self.known(node) if self in listeners else nullcontext(): node.pull(g, give, useful, deep=True)
+        if not retain and node.keep.holds: node.args = node.y = node.tensors = None
 
-@patch
-def free(self:Node):
-    "Let go of the tensors that were kept."
-    if self.keep.holds: self.args = self.y = None
-
-def call_hooks(node, gs):
+def hooked(g, hooks):
     "Functions that see a gradient as it passes, and may change it."
-    for i,fs in node.hooks.items():
-        for f in list(fs.values()):
-            if i in gs and (new := f(gs[i])) is not None: gs[i] = new
+    for hook in list(hooks.values()): g = g if (new := hook(g)) is None else new
+    return g
 
 def leading(tops, asked):
     "The nodes from which the walk can come to one that is `asked(node)`."
@@ -353,20 +322,21 @@ def open_tapes():
     "The tapes that are recording, the innermost first."
     return [t for t in reversed(_get_current_dispatch_mode_stack()) if isinstance(t, Tape)]
 
-@patch
-@contextmanager
-def aside(self:Tape, create_graph):
-    "While the tape walks it does not listen, unless gradients of gradients are wanted; tapes around it do."
-    stack,was = _get_current_dispatch_mode_stack(),self.walking
-    with torch._C._AutoDispatchBelowAutograd():
-        if create_graph:
-            with nullcontext() if self in stack else self: yield
-        elif stack and stack[-1] is self:
-            with _pop_mode_temporarily(): yield
-        else:
-            self.walking = True
-            try: yield
-            finally: self.walking = was
+class Aside:
+    "`with Aside(tape, create_graph):` it does not listen, unless gradients of gradients are wanted; tapes around it do."
+    def __init__(self, tape, create_graph): self.tape,self.listens,self.guard = tape,create_graph,torch._C._AutoDispatchBelowAutograd()
+    def __enter__(self):
+        stack,self.was = _get_current_dispatch_mode_stack(),self.tape.walking
+        self.guard.__enter__()
+        self.on_top,self.shut = bool(stack) and stack[-1] is self.tape,self.tape not in stack
+        if self.listens: self.shut and self.tape.__enter__()
+        elif self.on_top: _pop_mode()
+        else: self.tape.walking = True
+    def __exit__(self, *error):
+        if self.listens: self.shut and self.tape.__exit__(*error)
+        elif self.on_top: _push_mode(self.tape)
+        else: self.tape.walking = self.was
+        self.guard.__exit__(*error)
 
 @patch
 @contextmanager
@@ -393,18 +363,15 @@ def gradient(self:Tape,
 @patch
 def gradients(self:Tape, ys, xs, retain=False, create_graph=False):
     "The gradient of several outputs together, `ys` = [(y, g), ...]."
-    starts = [(e, seed(y, g)) for y,g in ys if (e := self.source(y))]
-    edges,found = [self.asked(x) for x in xs],{}
+    edges,found = [self.asked(x, ys) for x in xs],{}
     asked = {e.node for e in edges if e}
-    def arrived(node, gs):
-        if node in asked: found[node] = gs
-    with self.aside(create_graph): self.walk(starts, leading([e.node for e,_ in starts], asked.__contains__), arrived, retain or create_graph)
+    with Aside(self, create_graph): self.walk(ys, asked.__contains__, found.__setitem__, retain or create_graph)
     return [found.get(e.node, {}).get(e.i) if e else None for e in edges]
 
 @patch
-def asked(self:Tape, x)->Edge|None:
-    "The edge of a tensor whose gradient is asked for; None where it never came by."
-    if not getattr(x, self.key, None): return None
+def asked(self:Tape, x, ys)->Edge|None:
+    "The edge of a tensor whose gradient is asked for; None where it never came by, and is none of the outputs itself."
+    if not getattr(x, self.key, None) and all(x is not y for y,_ in ys): return None
     if source := self.source(x): return source
     raise ValueError(f'gradient: this tensor {tuple(x.shape)} is a constant for the tape, for nothing that it follows went into it; '
                      'call tape.watch(x) before it is used')
@@ -419,16 +386,16 @@ def seed(y, g):
 @patch
 def write(self:Tape, op, args, kwargs):
     "An operator that writes into its first argument: its twin that does not, after which the tensor comes from elsewhere."
-    x,full,other,forgets = args[0],NONE[op].full(args, kwargs),twin(op),op._schema.name in FORGETS
+    x,full,other = args[0],NONE[op].full(args, kwargs),twin(op)
     followed,rule = [e for _,p in self.parents(NONE[op], full) for e in listed(p) if e],RULES.get(other)
     if not followed or isinstance(x, Tensor) and not is_float(x): return op(*args, **kwargs)
-    if not isinstance(x, Tensor) or not other and not forgets:
+    if not isinstance(x, Tensor) or not other and not forgets(op):
         raise NotImplementedError(f'{op}: writes into its input, and there is no rule for it; use the operator that is not in place')
     self.may_write(op, x)
     if (own := self.source(x)) and own.node.leaf and all(e is own for e in followed): return self.anew(op, args, kwargs)
-    if not rule and not forgets:
+    if not rule and not forgets(op):
         with self.listening(op): return x.copy_(other(*args, **kwargs))
-    node = None if forgets else self.writer(rule, full, x)
+    node = None if forgets(op) else self.writer(rule, full, x)
     y = op(*args, **kwargs)
     x.__dict__.pop(self.key, None)
     if node and node.keep.y: node.keep_outputs((x,), writes=1)
@@ -459,18 +426,7 @@ def may_write(self:Tape, op, x):
     if x.dtype != base.dtype or x.is_conj() != base.is_conj():
         raise NotImplementedError(f'{op}: writes into a {x.dtype} view of {base.dtype}; write into a clone()')
 
-@cache
-def twin(op):
-    "`aten.add.Tensor` for `aten.add_.Tensor`, or None."
-    if op in TWINS: return TWINS[op]
-    name = op._schema.name.removeprefix('aten::')
-    packet = getattr(aten, name[:-1], None) if name.endswith('_') else None
-    other = getattr(packet, op._overloadname or 'default', None)
-    def takes(op): return [(a.name, str(a.type)) for a in op._schema.arguments]
-    return other if other and takes(other) == takes(op) else None
 
-TWINS = {aten.transpose_.default: aten.transpose.int, aten.pow_.Scalar: aten.pow.Tensor_Scalar, aten.pow_.Tensor: aten.pow.Tensor_Tensor}
-FORGETS = {'aten::' + name for name in 'uniform_ normal_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_ random_ zero_'.split()}
 
 # %% ../nbs/12_tape.ipynb #90ba60c0
 @patch

@@ -5,6 +5,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 from miniai.autograd import Tape, engine, gradcheck, stop_gradient, value_and_grad, vjp
+from miniai.tape import open_tapes
 from miniai.rules import RULES, Reads, aten, reads, rule
 
 def normal(*size, seed=0, dtype=torch.float64): return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -208,14 +209,28 @@ def test_is_refused_with_the_mend(f):
     assert REFUSED[f] in str(e.value)
 
 def test_nothing_is_left_behind_after_an_error():
-    before = torch.autograd.backward, torch.autograd.grad, torch.autograd.Function.__dict__['apply'], torch.backends.mha.get_fastpath_enabled()
+    fast = torch.backends.mha.get_fastpath_enabled()
     for f in REFUSED:
         with pytest.raises(Exception): f(normal(4, 3))        # noqa: B017
-    after = torch.autograd.backward, torch.autograd.grad, torch.autograd.Function.__dict__['apply'], torch.backends.mha.get_fastpath_enabled()
-    assert before == after
-    x = normal(3).requires_grad_()
-    (x*x).sum().backward()
-    assert torch.equal(x.grad, 2*x.detach())
+    assert not open_tapes() and torch.backends.mha.get_fastpath_enabled() == fast
+    x, seen = normal(3).requires_grad_(), []                  # with no tape open, PyTorch is what it was
+    y = x*x
+    y.register_hook(seen.append)
+    y.sum().backward()
+    assert torch.equal(x.grad, 2*x.detach()) and len(seen) == 1
+
+def test_views_from_outside_of_what_was_written_inside():
+    base, w = normal(3, 2), normal(2, seed=1)
+    view = base[1]
+    with Tape() as tape:
+        base.mul_(w)                 # the tape meets `view` only after its base was written to
+        y = (view*view).sum()
+    torch.testing.assert_close(tape.gradient(y, [w])[0], 2*view*(view/w))
+
+def test_one_tensor_is_output_and_input():
+    x = normal(3)
+    with Tape() as tape: y = x.contiguous()      # x itself
+    assert torch.equal(tape.gradient(y, [x], torch.ones(3).double())[0], torch.ones(3).double())
 
 def test_division_by_nothing_is_infinite_as_in_pytorch():
     x = normal(3)
@@ -310,6 +325,56 @@ def test_hooks_of_parameters():
     p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     with Tape(): p.sum().backward()
     assert torch.equal(p.grad, torch.full((3,), 2.).double()) and len(seen) == 1
+
+def test_hooks_of_tensors_in_between():
+    def grads(around):
+        x = normal(4).requires_grad_()
+        with around():
+            h = x*3
+            h.retain_grad()
+            parts = (h*h).split(2)
+            parts[1].register_hook(lambda g: g*10)
+            gone = parts[0].register_hook(lambda g: g*100)
+            gone.remove()
+            (parts[0].sum() + parts[1].prod()).backward()
+        return x.grad, h.grad
+    for a, b in zip(grads(Tape), grads(nullcontext), strict=True): torch.testing.assert_close(a, b)
+
+@pytest.mark.filterwarnings('ignore:Full backward hook')
+def test_hooks_of_modules():
+    def run(around):
+        torch.manual_seed(0)
+        m, x, seen = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Bilinear(4, 4, 2)).double(), normal(5, 3), []
+        def note(m, *gs): seen.extend(g.clone() for g in sum(map(list, gs), []) if g is not None)
+        def halve(m, gs_in, gs_out): note(m, gs_in, gs_out); return tuple(g/2 for g in gs_in)
+        m[1].register_full_backward_hook(halve)
+        m[1].register_full_backward_pre_hook(lambda m, gs: (gs[0]*3,))
+        m[0].register_full_backward_hook(note)
+        with around():
+            h = m[0](x)
+            m[1](h, h*2).exp().sum().backward()
+        return seen + [p.grad for p in m.parameters()]
+    theirs = run(nullcontext)
+    for a, b in zip(run(lambda: engine('tape')), theirs, strict=True): torch.testing.assert_close(a, b)
+    ours = run(Tape)                         # which follows the batch too, and tells its gradient
+    assert len(ours) == len(theirs)+1
+    for a, b in zip(ours[-5:], theirs[-5:], strict=True): torch.testing.assert_close(a, b)
+
+def test_hooks_of_the_old_kind_are_refused():
+    m = net()
+    m[0].register_backward_hook(lambda m, a, b: None)
+    with Tape(), pytest.raises(NotImplementedError, match='use register_full_backward_hook'): m(normal(4, 3))
+
+def test_backward_into_chosen_inputs():
+    def run(around):
+        x, w = normal(3).requires_grad_(), normal(3, seed=1).requires_grad_()
+        with around():
+            a, b = (x*w).split([1, 2])
+            (a.sum()*2 + b.prod()).backward(inputs=[x])
+        return x.grad, w.grad
+    (a, none), (b, _) = run(Tape), run(nullcontext)
+    torch.testing.assert_close(a, b)
+    assert none is None
 
 def test_frozen_parameters_keep_nothing():
     m = net()

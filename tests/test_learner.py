@@ -7,7 +7,8 @@ from miniai.data import DataLoader, Dataset
 from miniai.datasets import DataLoaders
 from miniai.learner import (CANCEL, EVENTS, LEVELS, Callback, CancelFitException, Learner, accuracy, fit, set_epoch)
 from miniai.nn import Linear, ReLU, Sequential, cross_entropy
-from miniai.optim import SGD, one_cycle
+from miniai.optim import SGD
+from miniai.schedule import one_cycle
 
 def points(n, seed):
     gen = torch.Generator().manual_seed(seed)

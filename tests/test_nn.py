@@ -10,7 +10,7 @@ PAIRS = {   # ours, PyTorch's, the shape of an input
     'Conv2d':         (lambda: nn.Conv2d(3, 4),            lambda: torch.nn.Conv2d(3, 4, 3),         (2, 3, 7, 9)),
     'Conv2d strided': (lambda: nn.Conv2d(3, 4, 5, 2, 2, bias=False), lambda: torch.nn.Conv2d(3, 4, 5, 2, 2, bias=False), (2, 3, 8, 8)),
     'BatchNorm2d':    (lambda: nn.BatchNorm2d(3),          lambda: torch.nn.BatchNorm2d(3),          (4, 3, 5, 5)),
-    'BatchNorm2d m':  (lambda: nn.BatchNorm2d(3, .3, 1e-2), lambda: torch.nn.BatchNorm2d(3, 1e-2, .3), (4, 3, 5, 5)),
+    'BatchNorm2d m':  (lambda: nn.BatchNorm2d(3, 1e-2, .3), lambda: torch.nn.BatchNorm2d(3, 1e-2, .3), (4, 3, 5, 5)),
     'ReLU':           (lambda: nn.ReLU(),                  lambda: torch.nn.ReLU(),                  (5, 6)),
     'Flatten':        (lambda: nn.Flatten(),               lambda: torch.nn.Flatten(),               (5, 2, 3)),
     'Dropout':        (lambda: nn.Dropout(.3),             lambda: torch.nn.Dropout(.3),             (50, 6)),
@@ -53,7 +53,8 @@ def test_checkpoints_go_both_ways(name):
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(shape)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0)
-    fresh = pair(name)[0].load_state_dict(theirs.state_dict())
+    fresh = pair(name)[0]
+    fresh.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(fresh.eval()(x), theirs(x), rtol=0, atol=0)
 
 class Nested(nn.Module):
@@ -73,7 +74,7 @@ def test_parts_are_found_wherever_they_are():
     m = Nested()
     assert [k for k,_ in m.named_parameters()] == NAMES
     assert [k for k,_ in m.named_buffers()] == ['seen', 'layers.1.running_mean', 'layers.1.running_var', 'layers.1.num_batches_tracked']
-    assert [k for k,_ in m.named_modules()] == ['', 'layers.0', 'layers.1', 'heads.a', 'heads.b.0', 'heads.b.1.0']
+    assert [k for k,_ in m.named_modules()] == ['', 'layers', 'layers.0', 'layers.1', 'heads', 'heads.a', 'heads.b', 'heads.b.0', 'heads.b.1', 'heads.b.1.0']
     assert set(m.state_dict()) == {*NAMES, *(k for k,_ in m.named_buffers())}
 
 def test_parts_come_and_go():
@@ -146,7 +147,7 @@ def test_sequential_takes_any_callable():
     m = nn.Sequential(nn.Flatten(), torch.tanh, lambda x: x*2)
     x = torch.randn(2, 3, 4)
     torch.testing.assert_close(m(x), x.flatten(1).tanh()*2)
-    assert len(m) == 3 and m[1] is torch.tanh and list(m)[0] is m[0]
+    assert len(m) == 3 and m[1].f is torch.tanh and list(m)[0] is m[0]
 
 def test_repr_answers_the_next_question():
     assert repr(nn.Linear(784, 50)) == 'Linear(784→50) 39,250 params'

@@ -29,9 +29,9 @@ def test_the_project_is_in_step(copy):
     assert 'in step' in done.stdout
 
 @pytest.mark.parametrize('file, old, new, said', [
-    ('miniai/nn.py', 'F.relu(x)', 'F.gelu(x)', 'miniai/nn.py is not what its notebook exports'),
-    ('nbs/20_nn.ipynb', 'F.relu(x)', 'F.gelu(x)', 'miniai/nn.py is not what its notebook exports'),
-    ('nbs/20_nn.ipynb', '"execution_count": null', '"execution_count": 7', 'nbs/20_nn.ipynb is not clean: run nbdev-clean'),
+    ('miniai/layers.py', 'F.relu(x,', 'F.gelu(x,', 'miniai/layers.py is not what its notebook exports'),
+    ('nbs/22_layers.ipynb', 'F.relu(x,', 'F.gelu(x,', 'miniai/layers.py is not what its notebook exports'),
+    ('nbs/22_layers.ipynb', '"execution_count": null', '"execution_count": 7', 'nbs/22_layers.ipynb is not clean: run nbdev-clean'),
     ('nbs/index.ipynb', '# miniai', '# maxiai', 'README.md is not what nbs/index.ipynb gives'),
     ('tests/test_core.py', 'import random', 'import random, shutil', 'ruff finds faults'),
 ])
@@ -43,12 +43,12 @@ def test_what_is_out_of_step_is_found_and_left_as_it_is(copy, file, old, new, sa
     assert (copy/file).read_bytes() == edited
 
 def test_an_upward_import_is_found(copy):
-    for f in ('nbs/20_nn.ipynb', 'miniai/nn.py'):
-        edit(copy/f, 'from torch import Tensor', 'from torch import Tensor\\nfrom miniai.optim import SGD' if f.endswith('ipynb') else
-             'from torch import Tensor\nfrom .optim import SGD')
+    for f in ('nbs/22_layers.ipynb', 'miniai/layers.py'):
+        edit(copy/f, 'import torch.nn.functional as F', 'import torch.nn.functional as F\\nfrom miniai.optim import SGD' if f.endswith('ipynb') else
+             'import torch.nn.functional as F\nfrom .optim import SGD')
     done = check(copy)
     assert done.returncode == 1
-    assert 'nn (floor 20) imports optim (floor 30): imports point down' in done.stdout
+    assert 'layers (floor 22) imports optim (floor 30): imports point down' in done.stdout
 
 def test_every_kind_of_import_is_seen(tmp_path):
     source = 'from .a import x\nfrom miniai.b import y\nfrom . import c\nfrom miniai import d\nimport miniai.e\nimport torch\ndef f():\n    from .g import z\n'
