@@ -739,7 +739,7 @@ rule(aten.rrelu_with_noise.default,     lambda g,y,a,noise,lo,hi,train: g*(noise
 rule(aten.grid_sampler_2d.default,      together=lambda need,g,y,a,grid,*how: aten.grid_sampler_2d_backward(g, a, grid, *how, need[:2]))
 rule(aten.grid_sampler_3d.default,      together=lambda need,g,y,a,grid,*how: aten.grid_sampler_3d_backward(g, a, grid, *how, need[:2]))
 
-# %% ../nbs/11_rules.ipynb #ae3e654c
+# %% ../nbs/11_rules.ipynb #e5bc0993
 def flash_back(need, g, y, q, k, v, p, causal, debug, scale):
     out,lse,cum_q,cum_k,max_q,max_k,seed,offset,_ = y
     return aten._scaled_dot_product_flash_attention_backward(
