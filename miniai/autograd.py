@@ -322,7 +322,7 @@ def flops(self:Node, shape)->int:
     "Multiplications and additions of a product or convolution that gives `shape`; 0 for others, which are bound by memory."
     at,y = {i: e.shape for i,e in self.parents if isinstance(e, Edge)},shape.numel()
     name = str(self.rule.op).removeprefix('aten.').split('.')[0]
-    if name == 'convolution' and 1 in at: return 2*y*at[1][1:].numel()
+    if name.startswith('conv') and 1 in at: return 2*y*at[1][1:].numel()
     if name in ('linear', 'addmm') and 1 in at: return 2*y*at[1][-1]
     if name in ('mm', 'bmm', 'matmul') and at: return 2*y*(at[0][-1] if 0 in at else at[1][-2 if len(at[1]) > 1 else 0])
     return 0

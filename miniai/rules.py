@@ -15,24 +15,24 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'COMPOSITE', 'RECURRENT', 'FORGETS', 'TWINS',
            'NONE', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times',
-           'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'eye', 'turn', 'real', 'tie', 'scaled',
+           'over', 'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'eye', 'turn', 'real', 'tie', 'scaled',
            'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank',
            'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back',
            'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back', 'later', 'cumprod_back',
            'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back',
            'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights',
-           'index_reduce_back', 'segment_back', 'conv_back', 'batch_norm_back', 'batch_norm_update_back',
-           'layer_norm_back', 'group_norm_back', 'came', 'attention_back', 'flash_back', 'efficient_back',
-           'cudnn_attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes', 'share_of', 'distance',
-           'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w', 'but_channels', 'norm', 'unnorm',
-           'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x', 'batch_norm_w', 'group_norm_x',
-           'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope', 'glu_back',
-           'embedding_back', 'place', 'nll_back', 'multi_margin_back', 'multilabel_margin_back', 'half', 'less',
-           'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back', 'cholesky_inverse_back',
-           'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back', 'matrix_exp_back', 'cholesky_back', 'qr_back',
-           'lu_back', 'lu_factor_back', 'lu_unpack_back', 'linalg_lu_back', 'mirrors_back', 'householder_back',
-           'ormqr_back', 'over', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back', 'lstsq_back',
-           'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'convolve', 'batch_norm', 'cross_entropy', 'bag',
+           'index_reduce_back', 'segment_back', 'conv_back', 'conv_nd_back', 'batch', 'batch_norm_back',
+           'batch_norm_update_back', 'layer_norm_back', 'group_norm_back', 'came', 'attention_back', 'flash_back',
+           'efficient_back', 'cudnn_attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes',
+           'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w', 'but_channels',
+           'norm', 'unnorm', 'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x', 'batch_norm_w',
+           'group_norm_x', 'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope',
+           'glu_back', 'embedding_back', 'place', 'nll_back', 'multi_margin_back', 'multilabel_margin_back', 'half',
+           'less', 'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back',
+           'cholesky_inverse_back', 'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back', 'matrix_exp_back',
+           'cholesky_back', 'qr_back', 'lu_back', 'lu_factor_back', 'lu_unpack_back', 'linalg_lu_back', 'mirrors_back',
+           'householder_back', 'ormqr_back', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back',
+           'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'batch_norm', 'cross_entropy', 'bag',
            'distance_of', 'all_to_all', 'pairs', 'trilinear', 'scores_cross_entropy', 'decomposition', 'writes',
            'forgets', 'twin', 'NoRules']
 
@@ -50,7 +50,7 @@ class Rule:
         several=False, # are there several outputs?
         parts=None,    # or the operator as a program of others, `parts(run, *args)`
     ):
-        self.op,self.fs,self.together,self.parts,self.plain = op,fs,together,parts,None
+        self.op,self.fs,self.together,self.parts,self.plain,self.over = op,fs,together,parts,None,None
         self.several,self.view,self.loose = several,False,False
         self.inputs = [i for i in inputs if i >= len(fs) or fs[i]]
         self.counts = [f and reads(f).n for f in fs]
@@ -165,7 +165,7 @@ class Keeps(dict):
     def __init__(self, rule): self.rule = rule
     def __missing__(self, wanted):
         r = self.rule
-        fs = [reads(f) for row in (r, r.plain) if row for i,f in enumerate(row.fs) if f and i in wanted]
+        fs = [reads(f) for row in (r, r.plain, r.over) if row for i,f in enumerate(row.fs) if f and i in wanted]
         args,y,n = merged([*fs, reads(r.together, 2)] if r.together else fs)
         if n is None: n,args = len(r.defaults),dict.fromkeys(range(len(r.defaults)), 'value')       # `*args` reads all
         gone,likes = (tuple(i for i in range(n) if args.get(i) == how) for how in (None, 'like'))
@@ -179,15 +179,20 @@ def conj(x):
     if isinstance(x, Tensor): return x.conj() if x.is_complex() else x
     return x.conjugate() if isinstance(x, complex) else x
 
-def times(d):
+def times(d, in_place=False):
     "The rule that multiplies `g` by the derivative `d(y, *args)`."
-    def f(g, y, *args): return g*conj(d(y, *args[:f.reads.n]))
+    def f(g, y, *args): return (g.mul_ if in_place else g.mul)(conj(d(y, *args[:f.reads.n])))
     f.reads = reads(d, 0)
     return f
+
+def over(op, f):
+    "A second form of a row with one input: `f` writes the gradient over `g`, for a walk that needs `g` no more."
+    for o in op if isinstance(op, tuple) else (op,): RULES[o].over = Rule(o, (f,), RULES[o].inputs)
 
 def slope(op, *ds):
     "A row for an elementwise operator: for each input `d(y, *args)` gives dy/dinput."
     rule(op, *[d and times(d) for d in ds])
+    if len(ds) == 1: over(op, times(ds[0], in_place=True))
 
 def unless(corner, x):
     "`x`, and 0 at the corners, where the formula has no value."
@@ -695,6 +700,9 @@ rule(aten.index_reduce.default,         together=index_reduce_back, inputs=(0, 3
 # %% ../nbs/11_rules.ipynb #c678b9a3
 def conv_back(need, g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
     return aten.convolution_backward(g, x, w, None if b is None else b.shape, stride, pad, dilation, transposed, outpad, groups, need[:3])
+def conv_nd_back(need, g, y, x, w, b, stride, pad, dilation, groups):
+    return conv_back(need, batch(g, w.ndim), y, batch(x, w.ndim), w, b, stride, pad, dilation, False, [0], groups)
+def batch(x, ndim): return x if x.ndim == ndim else x[None]      # a single item is a batch of one
 
 def batch_norm_back(need, g, y, x, w, b, mean, var, train, momentum, eps):
     return aten.native_batch_norm_backward(g[0], x, w, mean, var, y[1], y[2], train, eps, need[:3])
@@ -720,6 +728,8 @@ def attention_back(need, g, y, q, k, v, p, causal, mask, scale):
     return *gs,None,None,attention_s(g[0], q, k, v, mask, causal, scale) if need[5] else None
 
 rule(aten.convolution.default,          together=conv_back, inputs=(0, 1, 2))
+rule((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+                                        together=conv_nd_back, inputs=(0, 1, 2))
 rule((aten.native_batch_norm.default, aten._native_batch_norm_legit.default),
                                         together=batch_norm_back, inputs=(0, 1, 2))
 rule(aten._batch_norm_with_update.default,
@@ -862,6 +872,12 @@ def renorm_back(g, y, a, p, d, most):
 
 rule(aten.renorm.default,               renorm_back)
 
+# %% ../nbs/11_rules.ipynb #1115bf17
+#    y = op(a)                          dL/da, in the memory of g
+over(aten.relu.default,                 lambda g,y: aten.threshold_backward.grad_input(g, y, 0, grad_input=g))
+over(aten.gelu.default,                 lambda g,y,a,approximate: aten.gelu_backward.grad_input(g, a, approximate=approximate, grad_input=g))
+over(aten.native_dropout.default,       lambda g,y,a,p,train: g[0] if train is False else g[0].mul_(y[1]).mul_(1/(1-p) if p < 1 else 0))
+
 # %% ../nbs/11_rules.ipynb #d40391d2
 def plain(op, *fs):
     "The formula behind a kernel: used where its gradient is itself to be differentiated."
@@ -898,6 +914,10 @@ def conv_w(g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
 def but_channels(g): return [0, *range(2, g.ndim)]
 
 plain(aten.convolution.default, conv_x, conv_w, lambda g,y,x,w,b: g.sum(but_channels(g)))
+plain((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+      lambda g,y,x,w,b,stride,pad,dil,groups: conv_x(batch(g, w.ndim), y, batch(x, w.ndim), w, b, stride, pad, dil, False, [0], groups),
+      lambda g,y,x,w,b,stride,pad,dil,groups: conv_w(batch(g, w.ndim), y, batch(x, w.ndim), w, b, stride, pad, dil, False, [0], groups),
+      lambda g,y,x,w: batch(g, w.ndim).sum(but_channels(batch(g, w.ndim))))
 
 # %% ../nbs/11_rules.ipynb #4f6e7a8c
 def norm(x, dims, eps):
@@ -1295,12 +1315,6 @@ def parts(op, f):
 
 def cast(run, x, dtype): return x if dtype in (None, x.dtype) else run(aten._to_copy.default, x, dtype=dtype)
 
-def convolve(run, x, w, b, stride, pad, dilation, groups):
-    "Any number of dimensions; a single item is a batch of one."
-    n = w.ndim-2
-    if x.ndim != n+2 or len(pad) not in (1, n): return NotImplemented
-    return run(aten.convolution.default, x, w, b, stride, pad, dilation, False, [0]*n, groups)
-
 def batch_norm(run, x, *args):
     if x.ndim < 2 or not x.numel(): return NotImplemented
     return run(aten.native_batch_norm.default, x, *args[:-1])[0]
@@ -1337,9 +1351,6 @@ def scores_cross_entropy(run, x, w, targ, b, weight, reduction, ignore, smoothin
     return run(aten.cross_entropy_loss.default, run(aten.linear.default, x, w, b), targ, weight, reduction, ignore, smoothing)
 
 #     operator                          its parts
-parts(aten.conv1d.default,              convolve)
-parts(aten.conv2d.default,              convolve)
-parts(aten.conv3d.default,              convolve)
 parts(aten.batch_norm.default,          batch_norm)
 parts(aten.layer_norm.default,          lambda run,x,shape,w,b,eps,_: run(aten.native_layer_norm.default, x, shape, w, b, eps)[0])
 parts(aten.max_pool2d.default,          lambda run,x,*how: run(aten.max_pool2d_with_indices.default, x, *how)[0])

@@ -4,22 +4,23 @@
 
 # %% ../nbs/12_tape.ipynb #6cd1ba32
 from __future__ import annotations
-import sys
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from heapq import heappop, heappush
 from itertools import count
+from sys import getrefcount, intern
 from weakref import ref
 from fastcore.basics import patch
 import torch
 from torch import Tensor
+from torch._C import _storage_Use_Count
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from .rules import NONE, RULES, Rule, decomposition, forgets, twin, writes
 
 # %% auto #0
-__all__ = ['VERSIONS', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float', 'like',
-           'listed', 'Node', 'double', 'Tape', 'versions', 'Grads', 'fit', 'hooked', 'leading', 'open_tapes', 'Aside',
-           'seed', 'places', 'memory', 'rest', 'put']
+__all__ = ['VERSIONS', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'ALONE', 'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float',
+           'like', 'listed', 'Node', 'double', 'Tape', 'versions', 'Grads', 'fit', 'ours_alone', 'count_alone',
+           'hooked', 'leading', 'open_tapes', 'Aside', 'seed', 'places', 'memory', 'rest', 'put']
 
 # %% ../nbs/12_tape.ipynb #44df3dc3
 class Edge:
@@ -84,7 +85,7 @@ class Tape(TorchDispatchMode):
         follow=None, # which tensors from outside are followed, `follow(x)`; None: all but frozen parameters
     ):
         super().__init__()
-        self.key,self.numbers,self.seen,self.guards,self.walking,self.last = sys.intern(f'_edge{next(SERIAL)}'),count(),{},[],False,None
+        self.key,self.numbers,self.seen,self.guards,self.walking,self.last = intern(f'_edge{next(SERIAL)}'),count(),{},[],False,None
         self.follow = follow or (lambda x: x.requires_grad or type(x) is Tensor or not isinstance(x, torch.nn.Parameter))
 
     def __enter__(self):
@@ -124,7 +125,7 @@ def record(self:Tape, rule, args, y)->Node|None:
     ys = y if rule.several else (y,)
     if node:
         if node.keep.y: node.keep_outputs(ys)
-        if rule.several: node.like = [like(o) for o in ys]
+        if rule.several: node.like = [(o.shape, o.dtype) if isinstance(o, Tensor) else None for o in ys]
         if self.names: node.where = self.caller()
     for i,o in enumerate(ys):
         if is_float(o) and not getattr(o, self.key, None):      # else it is an input
@@ -226,10 +227,10 @@ class versions:
 
 # %% ../nbs/12_tape.ipynb #ab9ff9df
 @patch
-def pull(self:Node, gs, give, useful=None, deep=False):
+def pull(self:Node, gs, give, useful=None, deep=False, over=False):
     "One step of the chain rule: from the gradients at the outputs, `gs`, to those at the inputs, which `give(edge, g)` takes."
     self.check()
-    rule,y = self.rule.plain if deep and self.rule.plain else self.rule,self.y
+    rule,y = (over and self.rule.over) or (deep and self.rule.plain) or self.rule,self.y
     read = g = Grads(gs, self.like) if rule.several else gs[0]
     if y and not rule.several: y = y[0]
     todo = self.parents if useful is None else [(i, p) for i,p in self.parents if any(e and e.node in useful for e in listed(p))]
@@ -246,7 +247,8 @@ class Grads:
     def __getitem__(self, i):
         self.read.add(i)
         if i in self.gs: return self.gs[i]
-        return next(iter(self.gs.values())).new_zeros(self.like[i].shape, dtype=self.like[i].dtype)
+        shape,dtype = self.like[i]
+        return next(iter(self.gs.values())).new_zeros(shape, dtype=dtype)
 
 @patch
 def check(self:Node):
@@ -279,7 +281,8 @@ def walk(self:Tape,
     "The chain rule, from the outputs back: each node once, the last made first."
     starts = [(e, seed(y, g)) for y,g in ys if (e := self.source(y))]
     useful = None if asked is None else leading([e.node for e,_ in starts], asked)
-    listeners,gs,waiting = [t for t in open_tapes() if not t.walking],{},[]     # gs: {node: {output: gradient}} of those that wait
+    gs,waiting = {},[]                                            # {node: {output: gradient}} of those that wait
+    bare,listeners = not _get_current_dispatch_mode_stack(),[t for t in open_tapes() if not t.walking]
     def give(edge, g):
         node,i = edge.node,edge.i
         if useful is not None and node not in useful: return
@@ -287,18 +290,28 @@ def walk(self:Tape,
         if (have := gs.get(node)) is None:
             gs[node] = {i: g}
             heappush(waiting, (-node.number, node))
-        else: have[i] = have[i] + g if i in have else g
+        elif i not in have: have[i] = g
+        else: have[i] = have[i].add_(g) if bare and ours_alone(have, i) else have[i] + g
     for edge,g in starts: give(edge, g)
     while waiting:
         node = heappop(waiting)[1]
         g = gs.pop(node)
         if node.hooks: g = {i: hooked(d, node.hooks.get(i, {})) for i,d in g.items()}
-        if node.leaf if asked is None else asked(node): arrived(node, g)
+        if wanted := node.leaf if asked is None else asked(node): arrived(node, g)
         if not node.parents: continue
-        if not listeners: node.pull(g, give, useful)
+        if not listeners: node.pull(g, give, useful, over=bare and not wanted and bool(node.rule.over) and ours_alone(g, 0))
         else:
             with self.known(node) if self in listeners else nullcontext(): node.pull(g, give, useful, deep=True)
         if not retain and node.keep.holds: node.args = node.y = node.tensors = None
+
+def ours_alone(gs, i):
+    "Is this gradient held by nobody else, and its memory by no other tensor? Then it may be written over."
+    if i not in gs or getrefcount(gs[i]) != ALONE or gs[i]._use_count() != 1 or gs[i].is_complex(): return False
+    memory = gs[i].untyped_storage()
+    return memory.nbytes() == gs[i].nbytes and _storage_Use_Count(memory._cdata) == 2      # the tensor, and `memory`
+
+def count_alone(gs): return getrefcount(gs[0])
+ALONE = count_alone({0: torch.empty(0)})
 
 def hooked(g, hooks):
     "Functions that see a gradient as it passes, and may change it."
@@ -386,9 +399,10 @@ def seed(y, g):
 @patch
 def write(self:Tape, op, args, kwargs):
     "An operator that writes into its first argument: its twin that does not, after which the tensor comes from elsewhere."
-    x,full,other = args[0],NONE[op].full(args, kwargs),twin(op)
+    if isinstance(x := args[0], Tensor) and not is_float(x): return op(*args, **kwargs)
+    full,other = NONE[op].full(args, kwargs),twin(op)
     followed,rule = [e for _,p in self.parents(NONE[op], full) for e in listed(p) if e],RULES.get(other)
-    if not followed or isinstance(x, Tensor) and not is_float(x): return op(*args, **kwargs)
+    if not followed: return op(*args, **kwargs)
     if not isinstance(x, Tensor) or not other and not forgets(op):
         raise NotImplementedError(f'{op}: writes into its input, and there is no rule for it; use the operator that is not in place')
     self.may_write(op, x)
