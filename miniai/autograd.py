@@ -12,6 +12,7 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.backends import mha
 from torch.utils.hooks import BackwardHook, RemovableHandle
 from . import tape as engine_room
 from .backprop import numerical_grad
@@ -22,8 +23,8 @@ from .tape import Aside, Edge, Node, double, hooked, is_float, leading, listed, 
 # %% auto #0
 __all__ = ['PASSAGE', 'TORCH', 'Tape', 'learns', 'accumulate', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Context',
            'apply_here', 'function_back', 'rule_of', 'Hooks', 'register_hook_here', 'retain_grad_here',
-           'on_tensors_here', 'Passage', 'passage_back', 'get_hooks_here', 'Torch', 'engine', 'value_and_grad', 'vjp',
-           'stop_gradient', 'gradcheck', 'check', 'units']
+           'on_tensors_here', 'Passage', 'passage_back', 'get_hooks_here', 'Torch', 'Quiet', 'engine', 'value_and_grad',
+           'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
 
 # %% ../nbs/13_autograd.ipynb #7e64cf01
 class Tape(engine_room.Tape):
@@ -37,13 +38,13 @@ class Tape(engine_room.Tape):
 
     def __enter__(self):
         TORCH.teach()
-        self.fast.append(torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)      # its kernels for inference have no derivative
+        self.fast.append(mha._is_fastpath_enabled)
+        mha._is_fastpath_enabled = False                    # its kernels for inference have no derivative
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        torch.backends.mha.set_fastpath_enabled(self.fast.pop())
+        mha._is_fastpath_enabled = self.fast.pop()
 
 def learns(x): return x.requires_grad
 
@@ -228,12 +229,16 @@ class Torch:
 TORCH = Torch()
 
 # %% ../nbs/13_autograd.ipynb #9d4ff6a6
+class Quiet(Tape):
+    "A tape under a loop, that nobody looks at."
+    shows = False
+
 def engine(
     name:str, # tape or torch
 ):
     "`with engine(name):` says who fills `.grad` there: our `Tape`, which follows what requires a gradient, or PyTorch's autograd."
     if name == 'torch': return nullcontext()
-    if name == 'tape': return Tape(follow=learns)
+    if name == 'tape': return Quiet(follow=learns)
     raise ValueError(f'there is no engine {name}{did_you_mean(name, ["tape", "torch"])}; the engines are tape and torch')
 
 # %% ../nbs/13_autograd.ipynb #b9ebe3cf

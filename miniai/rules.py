@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['aten', 'RULES', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'COMPOSITE', 'RECURRENT', 'FORGETS', 'TWINS',
-           'NONE', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'conj', 'times',
-           'over', 'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'eye', 'turn', 'real', 'tie', 'scaled',
-           'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank',
-           'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back',
-           'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back', 'later', 'cumprod_back',
-           'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back',
-           'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights',
-           'index_reduce_back', 'segment_back', 'conv_back', 'conv_nd_back', 'batch', 'batch_norm_back',
-           'batch_norm_update_back', 'layer_norm_back', 'group_norm_back', 'came', 'attention_back', 'flash_back',
-           'efficient_back', 'cudnn_attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint', 'shapes',
-           'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w', 'but_channels',
-           'norm', 'unnorm', 'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x', 'batch_norm_w',
-           'group_norm_x', 'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s', 'gelu_slope',
-           'glu_back', 'embedding_back', 'place', 'nll_back', 'multi_margin_back', 'multilabel_margin_back', 'half',
-           'less', 'solve_back', 'triangular_back', 'old_triangular_back', 'cholesky_solve_back',
-           'cholesky_inverse_back', 'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back', 'matrix_exp_back',
-           'cholesky_back', 'qr_back', 'lu_back', 'lu_factor_back', 'lu_unpack_back', 'linalg_lu_back', 'mirrors_back',
-           'householder_back', 'ormqr_back', 'over_gaps', 'eigh_back', 'eig_back', 'svd_back', 'pinv_back',
-           'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'batch_norm', 'cross_entropy', 'bag',
-           'distance_of', 'all_to_all', 'pairs', 'trilinear', 'scores_cross_entropy', 'decomposition', 'writes',
-           'forgets', 'twin', 'NoRules']
+__all__ = ['aten', 'RULES', 'OPERATOR', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve', 'triangular', 'COMPOSITE', 'RECURRENT',
+           'FORGETS', 'TWINS', 'NONE', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged',
+           'Keeps', 'conj', 'times', 'over', 'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'eye', 'turn',
+           'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat',
+           'put_back', 'blank', 'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread', 'mean_back',
+           'var_back', 'sqrt_back', 'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back', 'later',
+           'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x',
+           'linear_w', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back',
+           'product_weights', 'index_reduce_back', 'segment_back', 'conv_back', 'conv_nd_back', 'batch',
+           'batch_norm_back', 'batch_norm_update_back', 'layer_norm_back', 'group_norm_back', 'came', 'attention_back',
+           'flash_back', 'efficient_back', 'cudnn_attention_back', 'often', 'bag_rows', 'bag_weights', 'adjoint',
+           'shapes', 'share_of', 'distance', 'renorm_back', 'plain', 'repeated', 'conv_x', 'met', 'conv_w',
+           'but_channels', 'norm', 'unnorm', 'per_channel', 'grouped', 'last', 'sum_first', 'batch_norm_x',
+           'batch_norm_w', 'group_norm_x', 'group_stats_back', 'group_norm_w', 'root', 'attention', 'attention_s',
+           'gelu_slope', 'glu_back', 'embedding_back', 'place', 'nll_back', 'multi_margin_back',
+           'multilabel_margin_back', 'half', 'less', 'solve_back', 'triangular_back', 'old_triangular_back',
+           'cholesky_solve_back', 'cholesky_inverse_back', 'lu_solve_back', 'diagonal', 'det_back', 'slogdet_back',
+           'matrix_exp_back', 'cholesky_back', 'qr_back', 'lu_back', 'lu_factor_back', 'lu_unpack_back',
+           'linalg_lu_back', 'mirrors_back', 'householder_back', 'ormqr_back', 'over_gaps', 'eigh_back', 'eig_back',
+           'svd_back', 'pinv_back', 'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'batch_norm',
+           'cross_entropy', 'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear', 'scores_cross_entropy',
+           'decomposition', 'writes', 'forgets', 'twin', 'NoRules']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -80,7 +80,8 @@ class Rule:
         if parents and parents[-1][0] >= len(self.fs): raise self.missing(f'input {parents[-1][0]}')
         return [(p, self.fs[i](g, y, *args[:self.counts[i]])) for i,p in parents]
 
-    def missing(self, what): return NotImplementedError(f'no chain rule for {self.op}, {what}. Add a row with miniai.rules.rule, or detach() it')
+    def missing(self, what):
+        return NotImplementedError(f'no chain rule for {self.op}, {what}. Add a row with miniai.rules.rule, or detach() it')
 
 # %% ../nbs/11_rules.ipynb #d9d912bc
 def rule(
@@ -90,9 +91,11 @@ def rule(
     inputs=None,   # numbers of the inputs that have a derivative; None: all that `fs` does not deny
 ):
     "Put a row into the table, or replace one; `@rule(*fs)` gives a function of your own its derivative."
-    if op is None or callable(op) and not isinstance(op, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)): return lambda f: own(f, (op, *fs))
+    if op is None or callable(op) and not isinstance(op, OPERATOR): return lambda f: own(f, (op, *fs))
     for one in op if isinstance(op, tuple) else (op,):
         for o in overloads(one): RULES[o] = Rule(o, fs, tensors(o) if inputs is None else inputs, together)
+
+OPERATOR = torch._ops.OpOverload, torch._ops.OpOverloadPacket
 
 def overloads(op):
     "`aten.add.Tensor` is one; `aten.add` stands for all that write nowhere."
@@ -116,14 +119,15 @@ def own(f, fs):
         def backward(ctx, g):
             y,*args = ctx.saved_tensors
             args = [o if a is None else a for a,o in zip(args, ctx.others, strict=True)]
-            return tuple([r(g, y, *args[:reads(r).n]) if r and need else None for r,need in zip([*fs, *[None]*len(args)], ctx.needs_input_grad, strict=False)])
+            rows = zip([*fs, *[None]*len(args)], ctx.needs_input_grad, strict=False)
+            return tuple([r(g, y, *args[:reads(r).n]) if r and need else None for r,need in rows])
     Own.__name__ = f.__name__
     return wraps(f)(lambda *args: Own.apply(*args))
 
 # %% ../nbs/11_rules.ipynb #95c9bdda
 LIKE = 'shape', 'ndim', 'dtype'
 ORDER = None, 'like', 'value'
-Reads = namedtuple('Reads', 'args y n')     # {number of the argument: 'value' or 'like'}; for y too, or a set of outputs; how many arguments
+Reads = namedtuple('Reads', 'args y n')     # {number of the argument: 'value' or 'like'}; for y too, or a set of outputs; how many
 
 @cache
 def reads(
@@ -158,7 +162,7 @@ def merged(all_reads)->Reads:
     return Reads(args, y, n)
 
 # %% ../nbs/11_rules.ipynb #e3cf6f35
-Keep = namedtuple('Keep', 'n gone likes values y holds')  # of the first n arguments: which go, whose likeness stays, which tensors stay; of y; any?
+Keep = namedtuple('Keep', 'n gone likes values y holds')  # of the first n arguments: which go, stay as likeness, as value; of y; any?
 
 class Keeps(dict):
     "{the numbers of the inputs that are followed: what a call must keep for their derivatives}, made when first asked for."
@@ -875,7 +879,7 @@ rule(aten.renorm.default,               renorm_back)
 # %% ../nbs/11_rules.ipynb #1115bf17
 #    y = op(a)                          dL/da, in the memory of g
 over(aten.relu.default,                 lambda g,y: aten.threshold_backward.grad_input(g, y, 0, grad_input=g))
-over(aten.gelu.default,                 lambda g,y,a,approximate: aten.gelu_backward.grad_input(g, a, approximate=approximate, grad_input=g))
+over(aten.gelu.default,                 lambda g,y,a,how: aten.gelu_backward.grad_input(g, a, approximate=how, grad_input=g))
 over(aten.native_dropout.default,       lambda g,y,a,p,train: g[0] if train is False else g[0].mul_(y[1]).mul_(1/(1-p) if p < 1 else 0))
 
 # %% ../nbs/11_rules.ipynb #d40391d2
@@ -1405,7 +1409,8 @@ def twin(op):
     def takes(op): return [(a.name, str(a.type)) for a in op._schema.arguments]
     return other if other and takes(other) == takes(op) else None
 
-TWINS = {aten.transpose_.default: aten.transpose.int, aten.pow_.Scalar: aten.pow.Tensor_Scalar, aten.pow_.Tensor: aten.pow.Tensor_Tensor}
+TWINS = {aten.ldexp_.default: aten.ldexp.Tensor, aten.transpose_.default: aten.transpose.int,
+         aten.pow_.Scalar: aten.pow.Tensor_Scalar, aten.pow_.Tensor: aten.pow.Tensor_Tensor}
 
 class NoRules(dict):
     "{operator: a rule that knows its inputs, and no derivative}, made when asked for."

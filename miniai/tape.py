@@ -81,6 +81,7 @@ def double(x):
 class Tape(TorchDispatchMode):
     "Records what is computed inside `with Tape() as tape:`, to walk back through it."
     names = {}     # {id of a module: its name}, for who wants to know which of them called an operator
+    shows = True   # will somebody want to see it? Then it remembers the last operator
     def __init__(self,
         follow=None, # which tensors from outside are followed, `follow(x)`; None: all but frozen parameters
     ):
@@ -131,7 +132,7 @@ def record(self:Tape, rule, args, y)->Node|None:
         if is_float(o) and not getattr(o, self.key, None):      # else it is an input
             edge = Edge(o, node, i, was)
             setattr(o, self.key, edge)
-            if node: self.last = ref(edge)
+            if node and self.shows: self.last = ref(edge)
     return node
 
 @patch

@@ -87,6 +87,8 @@ def recurrent(x, w, z):
     for row in x: h = torch.tanh(h*w + row)
     return h
 @case
+def passed_on(x, w, z): h = (x*2).relu(); return (h + z).relu() + h.view(-1).tanh().view(4, 3) + h.t().sigmoid().t()*F.gelu(h + w) + h.expand(2, 4, 3).exp().sum(0)
+@case
 def many_uses(x, w, z): return x*x + x.sin()*x + (x+x)*w
 @case
 def whole_numbers(x, w, z): return x*torch.arange(3) + x[torch.tensor([True, False, True, True])].sum() + torch.where(x > 0, w, 0)
@@ -523,6 +525,33 @@ def test_values_are_let_go_as_the_walk_passes_them():
     assert len(kept) == 5
     tape.gradient(y, [x])
     assert left == [4, 3, 2, 1, 0]
+
+def test_a_gradient_that_somebody_holds_is_not_written_over():
+    x, b, w = normal(4, 3), torch.nn.Parameter(normal(4, 3, seed=1)), normal(4, 3, seed=2)
+    seed, seen = normal(4, 3, seed=3), []
+    with Tape() as tape:
+        h = x.relu()
+        r = (h*w).relu()
+        r.register_hook(seen.append)                     # a hook that keeps what it sees
+        u = (h*3).tanh()
+        y = r + u + b                                    # one gradient for three
+    gy, gr, gu, gx, gb = tape.gradient(y, [y, r, u, x, b], seed.clone(), retain=True)
+    for g in (gy, gr, gu, gb, seen[0]): assert torch.equal(g, seed)
+    given = seed.clone()
+    with torch.no_grad(): again, = tape.gradient(y, [x], given)
+    assert torch.equal(given, seed) and torch.equal(again, gx) and torch.equal(seen[1], seed)
+    with Tape() as tape: (x.relu() + b).backward(given)
+    assert torch.equal(b.grad, seed) and torch.equal(given, seed) and b.grad.data_ptr() != given.data_ptr()
+
+def test_a_gradient_that_nobody_else_holds_is_written_over():
+    at, x = [], normal(4, 3)
+    with Tape() as tape:
+        hs = [x*2]
+        for f in (torch.relu, F.gelu, torch.tanh): hs.append(f(hs[-1]))
+        for h in hs: h.register_hook(lambda g: at.append(g.data_ptr()))
+        y = (hs[-1]*3).sum()
+    tape.gradient(y, [x])
+    assert len(at) == 4 and len(set(at)) == 1
 
 def test_a_tape_leaves_no_trace_on_parameters():
     m = net()
