@@ -52,6 +52,8 @@ def zeroed(x, w, z): a = x*1; a[0].zero_(); a[1].fill_(2.); a[2] = w.sum(); retu
 def index_put(x, w, z):
     a = x*1; a[torch.tensor([0, 2])] = z[:2]; a.index_put_((torch.tensor([1, 1]),), w.expand(2, 3)*2, accumulate=True); return a*a
 @case
+def inplace_after_conv(x, w, z): c = F.conv2d(x[None, None], z[None, None, :2, :2], w[:1]); F.relu(c, inplace=True); return F.silu(c*2, inplace=True)
+@case
 def masked(x, w, z): a = x*1; a[a > 0] = 0.; a.masked_fill_(a < -1, 2.); return a*z
 @case
 def scattered(x, w, z): a = x*1; a.scatter_(0, torch.tensor([[0, 1, 2]]), w[None]*2).scatter_add_(0, torch.tensor([[1, 1, 1]]), w[None]); return a*a

@@ -100,6 +100,12 @@ def test_a_linear_kernel_and_its_adjoint_are_one_map(op):
     f = RULES[op].fs[0]
     torch.testing.assert_close((y*g).sum(), (x*f(g, None, *[x, *how][:RULES[op].counts[0]])).sum())
 
+def test_a_convolution_keeps_its_inputs_only():
+    "so that what follows may write into its output"
+    for n in (1, 2, 3):
+        keep = RULES[getattr(torch.ops.aten, f'conv{n}d').default].keeps[0, 1, 2]
+        assert keep.y is None and keep.values == (0, 1)
+
 @pytest.mark.parametrize('op', [op for op,r in RULES.items() if r.plain], ids=str)
 def test_a_formula_reads_no_tensor_that_its_kernel_does_not(op):
     "else gradients of gradients would cost memory in every run"
