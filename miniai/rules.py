@@ -703,7 +703,8 @@ rule(aten.index_reduce.default,         together=index_reduce_back, inputs=(0, 3
 
 # %% ../nbs/11_rules.ipynb #c678b9a3
 def conv_back(need, g, y, x, w, b, stride, pad, dilation, transposed, outpad, groups):
-    return aten.convolution_backward(g, x, w, g.shape[1:2] if need[2] else None, stride, pad, dilation, transposed, outpad, groups, need[:3])
+    how = stride, pad, dilation, transposed, outpad, groups
+    return aten.convolution_backward(g, x, w, g.shape[1:2] if need[2] else None, *how, need[:3])
 def conv_nd_back(need, g, y, x, w, b, stride, pad, dilation, groups):
     return conv_back(need, batch(g, w.ndim), None, batch(x, w.ndim), w, None, stride, pad, dilation, False, [0], groups)
 def batch(x, ndim): return x if x.ndim == ndim else x[None]      # a single item is a batch of one
@@ -919,8 +920,8 @@ def but_channels(g): return [0, *range(2, g.ndim)]
 
 plain(aten.convolution.default, conv_x, conv_w, lambda g,y,x,w,b: g.sum(but_channels(g)))
 plain((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-      lambda g,y,x,w,b,stride,pad,dil,groups: conv_x(batch(g, w.ndim), None, batch(x, w.ndim), w, None, stride, pad, dil, False, [0], groups),
-      lambda g,y,x,w,b,stride,pad,dil,groups: conv_w(batch(g, w.ndim), None, batch(x, w.ndim), w, None, stride, pad, dil, False, [0], groups),
+      lambda g,y,x,w,b,s,p,d,groups: conv_x(batch(g, w.ndim), None, batch(x, w.ndim), w, None, s, p, d, False, [0], groups),
+      lambda g,y,x,w,b,s,p,d,groups: conv_w(batch(g, w.ndim), None, batch(x, w.ndim), w, None, s, p, d, False, [0], groups),
       lambda g,y,x,w: batch(g, w.ndim).sum(but_channels(batch(g, w.ndim))))
 
 # %% ../nbs/11_rules.ipynb #4f6e7a8c

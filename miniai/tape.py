@@ -138,10 +138,11 @@ def record(self:Tape, rule, args, y)->Node|None:
 @patch
 def parents(self:Tape, rule, args)->list:
     "(number of the input, its edge or list of edges) of every input that is followed and has a derivative."
-    found,key = [],self.key
+    found = []
     for i in rule.inputs:
-        edge = getattr(args[i], key, None)
-        if not edge or edge.was or not edge.node: edge = self.source(args[i])
+        if (a := args[i]) is None: continue
+        edge = getattr(a, self.key, None)
+        if not edge or edge.was or not edge.node: edge = self.source(a)
         if edge: found.append((i, edge))
     return found
 
@@ -230,7 +231,7 @@ class versions:
 @patch
 def pull(self:Node, gs, give, useful=None, deep=False, over=False):
     "One step of the chain rule: from the gradients at the outputs, `gs`, to those at the inputs, which `give(edge, g)` takes."
-    self.check()
+    if self.args is None or [x._version for x in self.tensors] != self.versions: self.refuse()
     rule,y = (over and self.rule.over) or (deep and self.rule.plain) or self.rule,self.y
     read = g = Grads(gs, self.like) if rule.several else gs[0]
     if y and not rule.several: y = y[0]
@@ -252,11 +253,10 @@ class Grads:
         return next(iter(self.gs.values())).new_zeros(shape, dtype=dtype)
 
 @patch
-def check(self:Node):
-    "Are the kept values still there, and what they were?"
+def refuse(self:Node):
+    "The kept values are no longer there, or not what they were."
     if self.args is None:
         raise RuntimeError(f'{self.rule.op}: the tape was walked already and what it kept is gone; keep it with retain=True')
-    if [x._version for x in self.tensors] == self.versions: return
     x = next(x for x,v in zip(self.tensors, self.versions, strict=True) if x._version != v)
     raise RuntimeError(f'{self.rule.op}: its derivative needs a tensor {tuple(x.shape)} that was changed in place afterwards; '
                        'change a clone(), or use the operator that is not in place')
