@@ -132,7 +132,7 @@ def record(self:Tape, rule, args, y)->Node|None:
         if is_float(o) and not getattr(o, self.key, None):      # else it is an input
             edge = Edge(o, node, i, was)
             setattr(o, self.key, edge)
-            if node and self.shows: self.last = ref(edge)
+            if node and self.shows and i == 0: self.last = ref(edge)
     return node
 
 @patch
