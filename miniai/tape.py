@@ -409,7 +409,7 @@ def write(self:Tape, op, args, kwargs):
     self.may_write(op, x)
     if (own := self.source(x)) and own.node.leaf and all(e is own for e in followed): return self.anew(op, args, kwargs)
     if not rule and not forgets(op):
-        with self.listening(op): return x.copy_(other(*args, **kwargs))
+        with self.listening(op): return x.copy_(other(x.clone(), *args[1:], **kwargs))
     node = None if forgets(op) else self.writer(rule, full, x)
     y = op(*args, **kwargs)
     x.__dict__.pop(self.key, None)
