@@ -107,8 +107,9 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         rule = RULES.get(op)
         if not rule or rule.parts or self.walking or not torch.is_grad_enabled(): return self.other(op, rule, args, kwargs or {})
-        if rule.loose: y = self.noting_views(op, args, kwargs or {})
-        else: y = op(*args, **kwargs) if kwargs else op(*args)
+        if not rule.loose: y = op(*args, **(kwargs or {}))
+        else:                                                    # it may give a view, as `reshape` does: PyTorch is to note it
+            with versions(True): y = op(*args, **(kwargs or {}))
         self.record(rule, args if len(args) == rule.n else rule.full(args, kwargs or {}), y)
         return y
 
@@ -204,11 +205,6 @@ def other(self:Tape, op, rule, args, kwargs):
 def run(self:Tape, op, *args, **kwargs): return self.__torch_dispatch__(op, (), args, kwargs)
 
 @patch
-def noting_views(self:Tape, op, args, kwargs):
-    "Run an operator that may give a view, `reshape` for one, so that PyTorch notes it."
-    with versions(True): return op(*args, **kwargs)
-
-@patch
 @contextmanager
 def listening(self:Tape, op):
     "While PyTorch takes an operator apart."
@@ -224,8 +220,6 @@ class versions:
         self.was = is_excluded(VERSIONS)
         exclude(VERSIONS, self.off)
     def __exit__(self, *error): exclude(VERSIONS, self.was)
-
-
 
 # %% ../nbs/12_tape.ipynb #ab9ff9df
 @patch
@@ -440,8 +434,6 @@ def may_write(self:Tape, op, x):
         raise RuntimeError(f'{op}: writes into a leaf {tuple(base.shape)} that requires a gradient; use torch.no_grad(), or a clone()')
     if x.dtype != base.dtype or x.is_conj() != base.is_conj():
         raise NotImplementedError(f'{op}: writes into a {x.dtype} view of {base.dtype}; write into a clone()')
-
-
 
 # %% ../nbs/12_tape.ipynb #90ba60c0
 @patch
