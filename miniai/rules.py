@@ -34,7 +34,7 @@ __all__ = ['aten', 'RULES', 'OPERATOR', 'LIKE', 'ORDER', 'Reads', 'Keep', 'solve
            'linalg_lu_back', 'mirrors_back', 'householder_back', 'ormqr_back', 'over_gaps', 'eigh_back', 'eig_back',
            'svd_back', 'pinv_back', 'lstsq_back', 'r2c_back', 'c2r_back', 'constant', 'parts', 'cast', 'batch_norm',
            'cross_entropy', 'bag', 'distance_of', 'all_to_all', 'pairs', 'trilinear', 'scores_cross_entropy',
-           'decomposition', 'writes', 'forgets', 'twin', 'NoRules']
+           'class_loss', 'class_loss_back', 'class_loss_plain', 'decomposition', 'writes', 'forgets', 'twin', 'NoRules']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ class Rule:
         inputs,        # which arguments have one
         together=None, # or one function for all inputs, `f(need, g, y, *args)`, where a kernel computes them at once
         several=False, # are there several outputs?
-        parts=None,    # or the operator as a program of others, `parts(run, *args)`
+        parts=None,    # or the operator as a program of others, `parts(tape, *args)`
     ):
         self.op,self.fs,self.together,self.parts,self.plain,self.over = op,fs,together,parts,None,None
         self.several,self.view,self.loose = several,False,False
@@ -1315,56 +1315,56 @@ constant("""detach lift_fresh
 
 # %% ../nbs/11_rules.ipynb #f4a9c033
 def parts(op, f):
-    "A row for an operator that is a word for others: `f(run, *args)` says it in these."
+    "A row for an operator that is a word for others: `f(tape, *args)` says it in these."
     RULES[op] = Rule(op, (), (), parts=f)
 
-def cast(run, x, dtype): return x if dtype in (None, x.dtype) else run(aten._to_copy.default, x, dtype=dtype)
+def cast(tape, x, dtype): return x if dtype in (None, x.dtype) else tape.run(aten._to_copy.default, x, dtype=dtype)
 
-def batch_norm(run, x, *args):
+def batch_norm(tape, x, *args):
     if x.ndim < 2 or not x.numel(): return NotImplemented
-    return run(aten.native_batch_norm.default, x, *args[:-1])[0]
+    return tape.first(aten.native_batch_norm.default, x, *args[:-1])
 
-def cross_entropy(run, x, targ, weight, reduction, ignore, smoothing):
+def cross_entropy(tape, x, targ, weight, reduction, ignore, smoothing):
     "The usual case: a batch of scores, and classes."
     if x.ndim != 2 or targ.ndim != 1 or targ.is_floating_point() or smoothing: return NotImplemented
-    return run(aten.nll_loss_forward.default, run(aten._log_softmax.default, x, 1, False), targ, weight, reduction, ignore)[0]
+    return tape.first(class_loss, x, targ, weight, reduction, ignore)
 
-def bag(run, w, i, at, by_freq, mode, sparse, each, last, pad):
+def bag(tape, w, i, at, by_freq, mode, sparse, each, last, pad):
     pad = -1 if pad is None else pad % len(w)
-    return run(aten._embedding_bag.default, w, i.contiguous(), at.contiguous(), by_freq, mode, False, each, last, pad)
+    return tape.run(aten._embedding_bag.default, w, i.contiguous(), at.contiguous(), by_freq, mode, False, each, last, pad)
 
-def distance_of(run, a, b, p): return run(aten.linalg_vector_norm.default, run(aten.sub.Tensor, a, b), p, [-1])
+def distance_of(tape, a, b, p): return tape.run(aten.linalg_vector_norm.default, tape.run(aten.sub.Tensor, a, b), p, [-1])
 
-def all_to_all(run, a, b, p, mode):
-    return distance_of(run, run(aten.unsqueeze.default, a, -2), run(aten.unsqueeze.default, b, -3), p)
+def all_to_all(tape, a, b, p, mode):
+    return distance_of(tape, tape.run(aten.unsqueeze.default, a, -2), tape.run(aten.unsqueeze.default, b, -3), p)
 
-def pairs(run, x, p):
+def pairs(tape, x, p):
     "The distances of all pairs of rows."
     at = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    return distance_of(run, *[run(aten.index_select.default, x, 0, i) for i in at], p)
+    return distance_of(tape, *[tape.run(aten.index_select.default, x, 0, i) for i in at], p)
 
-def trilinear(run, a, b, c, i, j, k, dims, _):
+def trilinear(tape, a, b, c, i, j, k, dims, _):
     "The sum over `dims` of a product of three, each repeated over some dimensions of its own."
-    for d in i: a = run(aten.unsqueeze.default, a, d)
-    for d in j: b = run(aten.unsqueeze.default, b, d)
-    for d in k: c = run(aten.unsqueeze.default, c, d)
-    return run(aten.sum.dim_IntList, run(aten.mul.Tensor, run(aten.mul.Tensor, a, b), c), dims)
+    for d in i: a = tape.run(aten.unsqueeze.default, a, d)
+    for d in j: b = tape.run(aten.unsqueeze.default, b, d)
+    for d in k: c = tape.run(aten.unsqueeze.default, c, d)
+    return tape.run(aten.sum.dim_IntList, tape.run(aten.mul.Tensor, tape.run(aten.mul.Tensor, a, b), c), dims)
 
-def scores_cross_entropy(run, x, w, targ, b, weight, reduction, ignore, smoothing, *how):
+def scores_cross_entropy(tape, x, w, targ, b, weight, reduction, ignore, smoothing, *how):
     "A last layer and its loss, which PyTorch has in pieces that fit a cache: here in one."
     reduction = ('none', 'mean', 'sum').index(reduction)
-    return run(aten.cross_entropy_loss.default, run(aten.linear.default, x, w, b), targ, weight, reduction, ignore, smoothing)
+    return tape.run(aten.cross_entropy_loss.default, tape.run(aten.linear.default, x, w, b), targ, weight, reduction, ignore, smoothing)
 
 #     operator                          its parts
 parts(aten.batch_norm.default,          batch_norm)
-parts(aten.layer_norm.default,          lambda run,x,shape,w,b,eps,_: run(aten.native_layer_norm.default, x, shape, w, b, eps)[0])
-parts(aten.max_pool2d.default,          lambda run,x,*how: run(aten.max_pool2d_with_indices.default, x, *how)[0])
-parts(aten.softmax.int,                 lambda run,x,d,dtype: run(aten._softmax.default, cast(run, x, dtype), d, False))
-parts(aten.log_softmax.int,             lambda run,x,d,dtype: run(aten._log_softmax.default, cast(run, x, dtype), d, False))
+parts(aten.layer_norm.default,          lambda tape,x,shape,w,b,eps,_: tape.first(aten.native_layer_norm.default, x, shape, w, b, eps))
+parts(aten.max_pool2d.default,          lambda tape,x,*how: tape.first(aten.max_pool2d_with_indices.default, x, *how))
+parts(aten.softmax.int,                 lambda tape,x,d,dtype: tape.run(aten._softmax.default, cast(tape, x, dtype), d, False))
+parts(aten.log_softmax.int,             lambda tape,x,d,dtype: tape.run(aten._log_softmax.default, cast(tape, x, dtype), d, False))
 parts(aten.cross_entropy_loss.default,  cross_entropy)
 parts(aten.embedding_bag.padding_idx,   bag)
 parts(aten._embedding_bag_forward_only.default,
-                                        lambda run,w,i,*how: run(aten._embedding_bag.default, w, i, *how))
+                                        lambda tape,w,i,*how: tape.run(aten._embedding_bag.default, w, i, *how))
 parts(aten._cdist_forward.default,      all_to_all)
 parts(aten._pdist_forward.default,      pairs)
 parts(aten._trilinear.default,          trilinear)
@@ -1373,9 +1373,28 @@ if find_spec('torch.nn.modules.linear_cross_entropy'):               # from PyTo
     import_module('torch.nn.modules.linear_cross_entropy')
     chunked = torch.ops.torch_nn
     parts(chunked._linear_cross_entropy_batch_chunked.default,
-                                        lambda run,x,*args: (scores_cross_entropy(run, x, *args), *[x.new_empty(0)]*3))
+                                        lambda tape,x,*args: (scores_cross_entropy(tape, x, *args), *[x.new_empty(0)]*3))
     parts(chunked._linear_cross_entropy_batch_chunked_no_reduction.default,
-                                        lambda run,x,w,t,b,k,ignore,*how: scores_cross_entropy(run, x, w, t, b, k, 'none', ignore, 0.))
+                                        lambda tape,x,w,t,b,k,ignore,*how: scores_cross_entropy(tape, x, w, t, b, k, 'none', ignore, 0.))
+
+# %% ../nbs/11_rules.ipynb #d7411d92
+def class_loss(x, targ, weight, reduction, ignore):
+    "Cross-entropy of scores (n, c) and classes (n,); and what its derivative reads: log-probabilities, and the sum of all weights."
+    logp = aten._log_softmax(x, 1, False)
+    y,total = aten.nll_loss_forward(logp, targ, weight, reduction, ignore)
+    return y,logp,total
+
+def class_loss_back(g, y, x, targ, weight, reduction, ignore):
+    glogp = aten.nll_loss_backward(g[0], y[1], targ, weight, reduction, ignore, y[2])
+    return aten._log_softmax_backward_data(glogp, y[1], 1, x.dtype)
+
+def class_loss_plain(g, y, x, targ, weight, reduction, ignore):
+    logp = x.log_softmax(1)
+    glogp = nll_back(g, y, logp, targ, weight, reduction, ignore)
+    return glogp - logp.exp()*glogp.sum(1, keepdim=True)
+
+RULES[class_loss] = Rule('aten.cross_entropy_loss', (class_loss_back,), (0,), several=True)
+RULES[class_loss].plain = Rule('aten.cross_entropy_loss', (class_loss_plain,), (0,), several=True)
 
 # %% ../nbs/11_rules.ipynb #80dee0f0
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd

@@ -41,24 +41,31 @@ def listed(a): return a if a.__class__ in (list, tuple) else (a,)
 # %% ../nbs/12_tape.ipynb #a05ff90b
 class Node:
     "One call of an operator: its rule, where its inputs came from, and what the rule will read."
-    leaf,hooks,where = None,None,''      # for a leaf, a weak reference to its tensor; {output: functions of its gradient}; a module's name
+    __slots__ = 'number', 'rule', 'parents', 'keep', 'args', 'y', 'versions', 'like', 'leaf', 'hooks', 'where', '__weakref__'
     def __init__(self, number, rule, parents=(), args=()):
         self.number,self.rule,self.parents = number,rule,parents     # parents: (number of the input, its edge or a list of edges)
+        self.y = self.leaf = self.hooks = None                       # leaf: a weak reference to its tensor; hooks: {output: functions}
+        self.versions,self.where = [],''                             # where: the name of the module that called
         self.keep = keep = rule.keeps[tuple([i for i,_ in parents])]
-        self.args,self.y = list(args[:keep.n]),None
+        self.args = list(args[:keep.n])
         for i in keep.gone: self.args[i] = None
-        for i in keep.likes: self.args[i] = like(self.args[i])
-        self.tensors = [a for i in keep.values for a in listed(self.args[i]) if isinstance(a, Tensor)]
-        self.versions = [a._version for a in self.tensors]
+        for i in keep.likes: self.args[i] = like(args[i])
 
-    def keep_outputs(self, ys, writes=0):
-        "As much of the outputs as the rule will read; if the operator writes, PyTorch counts that when we are done."
-        want,self.y = self.keep.y,[]
+    def keep_outputs(self, ys, hidden=False):
+        "As much of the outputs as the rule will read."
+        want,self.y = self.keep.y,[None]*len(ys)
         for i,y in enumerate(ys):
-            self.y.append(like(y) if want == 'like' else double(y) if want == 'value' or i in want else None)
-            if isinstance(self.y[i], Tensor):
-                self.tensors.append(self.y[i])
-                self.versions.append(y._version + writes)
+            if want == 'like': self.y[i] = like(y)
+            elif want == 'value' or i in want: self.y[i] = y if hidden and i else double(y)
+
+    @property
+    def tensors(self):
+        "Those that the rule will read."
+        found = [self.args[i] for i in self.keep.values]
+        if self.keep.y: found += self.y
+        return [x for a in found for x in listed(a) if isinstance(x, Tensor)]
+
+    def note_versions(self): self.versions = [x._version for x in self.tensors]
 
     @property
     def edges(self):
@@ -120,16 +127,17 @@ SERIAL = count()
 
 # %% ../nbs/12_tape.ipynb #925a9073
 @patch
-def record(self:Tape, rule, args, y)->Node|None:
-    "`y` came of a call with `args`: hang a node on it, or mark it as a constant."
+def record(self:Tape, rule, args, y, hidden=False)->Node|None:
+    "`y` came of a call with `args`: hang a node on it, or mark it as a constant. `hidden`: only the first output is seen by others."
     node = Node(next(self.numbers), rule, parents, args) if (parents := self.parents(rule, args)) else None
     was = self.base_edge(args[0]) if rule.view and rule.inputs else None
     ys = y if rule.several else (y,)
     if node:
-        if node.keep.y: node.keep_outputs(ys)
+        if node.keep.y: node.keep_outputs(ys, hidden=hidden)
         if rule.several: node.like = [(o.shape, o.dtype) if isinstance(o, Tensor) else None for o in ys]
+        node.note_versions()
         if self.names: node.where = self.caller()
-    for i,o in enumerate(ys):
+    for i,o in enumerate(ys[:1] if hidden else ys):
         if is_float(o) and not getattr(o, self.key, None):      # else it is an input
             edge = Edge(o, node, i, was)
             setattr(o, self.key, edge)
@@ -194,7 +202,7 @@ LEAF = Rule('leaf', (), ())
 def other(self:Tape, op, rule, args, kwargs):
     "An operator that is not to be recorded, or has no row: one that writes, a word for others, or unknown."
     if self.walking or not torch.is_grad_enabled(): return op(*args, **kwargs)
-    y = rule.parts(self.run, *rule.full(args, kwargs)) if rule else NotImplemented
+    y = rule.parts(self, *rule.full(args, kwargs)) if rule else NotImplemented
     if y is NotImplemented and writes(op): return self.write(op, args, kwargs)
     if y is NotImplemented and (program := decomposition(op)):
         with self.listening(op): y = program(*args, **kwargs)
@@ -203,6 +211,12 @@ def other(self:Tape, op, rule, args, kwargs):
 
 @patch
 def run(self:Tape, op, *args, **kwargs): return self.__torch_dispatch__(op, (), args, kwargs)
+
+@patch
+def first(self:Tape, op, *args):
+    "The first output of a kernel that leaves more: of the others nobody but its rule will know."
+    self.record(RULES[op], RULES[op].full(args, {}), y := op(*args), hidden=True)
+    return y[0]
 
 @patch
 @contextmanager
@@ -297,7 +311,7 @@ def walk(self:Tape,
         if not listeners: node.pull(g, give, useful, over=bare and not wanted and bool(node.rule.over) and ours_alone(g, 0))
         else:
             with self.known(node) if self in listeners else nullcontext(): node.pull(g, give, useful, deep=True)
-        if not retain and node.keep.holds: node.args = node.y = node.tensors = None
+        if not retain and node.keep.holds: node.args = node.y = None
 
 def ours_alone(gs, i):
     "Is this gradient held by nobody else, and its memory by no other tensor? Then it may be written over."
@@ -407,7 +421,10 @@ def write(self:Tape, op, args, kwargs):
     node = None if forgets(op) else self.writer(rule, full, x)
     y = op(*args, **kwargs)
     x.__dict__.pop(self.key, None)
-    if node and node.keep.y: node.keep_outputs((x,), writes=1)
+    if node:
+        if node.keep.y: node.keep_outputs((x,))
+        node.note_versions()
+        if node.keep.y: node.versions[-1] += isinstance(node.y[0], Tensor)      # PyTorch counts this one when we are done
     self.written(x, node, torch.Tag.inplace_view in op.tags)
     return y
 
