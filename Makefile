@@ -1,5 +1,5 @@
 BIN := .venv/bin
-.PHONY: demo test check sweep setup bench clean help
+.PHONY: demo test check sweep libraries setup bench clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,6 +20,9 @@ bench: .venv/.dev  ## measure, and write bench/results/
 sweep: .venv/.dev  ## the tape against all of PyTorch's own test material
 	@PYTHONPATH=. $(BIN)/python tests/sweep.py
 
+libraries: .libraries/.made  ## transformers and timm on our engine, ours inside theirs, ours in ONNX
+	@PYTHONPATH=. $(BIN)/python tests/libraries.py
+
 setup: .venv/.dev  ## the development environment, nothing else
 
 .venv/.run: pyproject.toml constraints.txt tools/setup
@@ -30,5 +33,13 @@ setup: .venv/.dev  ## the development environment, nothing else
 	@tools/setup dev
 	@touch .venv/.run $@
 
+# only what .venv has not; without dependencies, so that nothing brings another PyTorch along
+LIBRARIES := transformers tokenizers regex timm onnx onnx-ir onnxscript onnxruntime ml-dtypes protobuf flatbuffers
+
+.libraries/.made: constraints.txt | .venv/.dev
+	@rm -rf .libraries
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .libraries --constraint constraints.txt $(LIBRARIES)
+	@touch $@
+
 clean:           ## remove the environment and what was made
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .nbtext
+	rm -rf .venv .libraries build *.egg-info .pytest_cache .ruff_cache .hypothesis .nbtext

@@ -23,27 +23,33 @@ def processor():
     try: return next(line.split(': ')[1] for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
+def script(): return str(Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parent.parent))
+
 def write(
-    name,    # of the results file, without ending
+    name,         # of the results file, without ending
     title,
-    head,    # column names
-    rows,    # tuples of strings
-    note='', # how to read the table
+    head,         # column names
+    rows,         # tuples of strings
+    note='',      # how to read the table
+    timed=True,   # are there times in it, which a busy machine spoils?
+    packages=(),  # others whose versions matter
 ):
     "Write bench/results/NAME.md, and print it."
     busy = pressure()
     table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---']*len(head), *rows])
+    versions = ', '.join(f'{p} {version(p)}' for p in ('torch', *packages))
     noise = 'unknown' if busy is None else f'{busy:.2f}' + (' (TOO BUSY: these figures are not to be trusted)' if busy > BUSY else '')
+    noise = f'; share of the time that tasks waited for a core: {noise}' if timed else ''
     text = f"""# {title}
 
 {table}
 
 {note}
 
-- command: `python {shlex.join([f'bench/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`
+- command: `python {shlex.join([script(), *sys.argv[1:]])}`
 - date: {datetime.date.today()}
-- machine: {processor()}, {os.cpu_count()} cores, {platform.system()}; share of the time that tasks waited for a core: {noise}
-- versions: Python {platform.python_version()}, torch {version('torch')}, miniai {miniai.__version__}
+- machine: {processor()}, {os.cpu_count()} cores, {platform.system()}{noise}
+- versions: Python {platform.python_version()}, {versions}, miniai {miniai.__version__}
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS/f'{name}.md').write_text(text)

@@ -265,16 +265,6 @@ def test_a_function_of_its_parameters():
     for p in half.parameters(): p.data *= .5
     torch.testing.assert_close(torch.func.functional_call(m, params, (x,)), half(x))
 
-def test_distributed(tmp_path):
-    import torch.distributed as dist
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        torch.manual_seed(0); one = Net()
-        many = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(one))
-        trained(many, 3, 0)
-    finally: dist.destroy_process_group()
-    torch.testing.assert_close(many.module.state_dict(), trained(one, 3, 0).state_dict())
-
 @pytest.mark.parametrize('on', [nullcontext, Tape, partial(engine, 'tape')], ids=['torch', 'Tape', 'engine'])
 def test_backward_hooks_on_every_engine(on):
     def told(home, on):
