@@ -1386,12 +1386,11 @@ def class_loss(x, targ, weight, reduction, ignore):
 
 def class_loss_back(g, y, x, targ, weight, reduction, ignore):
     glogp = aten.nll_loss_backward(g[0], y[1], targ, weight, reduction, ignore, y[2])
-    return aten._log_softmax_backward_data(glogp, y[1], 1, x.dtype)
+    return aten._log_softmax_backward_data(glogp + g[1] if came(g, 1) else glogp, y[1], 1, x.dtype)
 
 def class_loss_plain(g, y, x, targ, weight, reduction, ignore):
-    logp = x.log_softmax(1)
-    glogp = nll_back(g, y, logp, targ, weight, reduction, ignore)
-    return glogp - logp.exp()*glogp.sum(1, keepdim=True)
+    glogp = nll_back(g, None, y[1], targ, weight, reduction, ignore) + (g[1] if came(g, 1) else 0)
+    return glogp - y[1].exp()*glogp.sum(1, keepdim=True)
 
 RULES[class_loss] = Rule('aten.cross_entropy_loss', (class_loss_back,), (0,), several=True)
 RULES[class_loss].plain = Rule('aten.cross_entropy_loss', (class_loss_plain,), (0,), several=True)
