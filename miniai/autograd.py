@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.backends import mha
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import BackwardHook, RemovableHandle
 from . import tape as engine_room
 from .backprop import numerical_grad
@@ -23,8 +25,8 @@ from .tape import Aside, Edge, Node, double, hooked, is_float, leading, listed, 
 # %% auto #0
 __all__ = ['PASSAGE', 'TORCH', 'Tape', 'learns', 'accumulate', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Context',
            'apply_here', 'function_back', 'rule_of', 'Hooks', 'register_hook_here', 'retain_grad_here',
-           'on_tensors_here', 'Passage', 'passage_back', 'get_hooks_here', 'Torch', 'Quiet', 'engine', 'value_and_grad',
-           'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
+           'on_tensors_here', 'Passage', 'passage_back', 'get_hooks_here', 'spread_here', 'Torch', 'Quiet', 'engine',
+           'value_and_grad', 'vjp', 'stop_gradient', 'gradcheck', 'check', 'units']
 
 # %% ../nbs/13_autograd.ipynb #7e64cf01
 class Tape(engine_room.Tape):
@@ -143,6 +145,7 @@ def apply_here(cls, *args, **kwargs):
     "`Function.apply` on every open tape: forward is not listened to, backward is the rule."
     tapes = open_tapes() if torch.is_grad_enabled() else []
     if not tapes: return TORCH.apply(cls, *args, **kwargs)
+    if cls is CheckpointFunction: raise NotImplementedError('checkpoint: on a tape only with use_reentrant=False')
     ctx = Context(cls, tuple([isinstance(a, Tensor) and any(t.source(a) for t in tapes) for a in args]))
     with torch.no_grad():
         if cls.setup_context is Function.setup_context: y = cls.forward(ctx, *args, **kwargs)
@@ -212,17 +215,22 @@ def get_hooks_here(self):
     if not old or not open_tapes(): return full,old
     raise NotImplementedError('register_backward_hook: hooks of this old kind do not act on a tape; use register_full_backward_hook')
 
+def spread_here(self, *args, **kwargs):
+    "`DistributedDataParallel.forward`: what averages the gradients of the processes hangs in PyTorch's autograd."
+    if not open_tapes() or not torch.is_grad_enabled(): return TORCH.spread(self, *args, **kwargs)
+    raise NotImplementedError('DistributedDataParallel: on a tape every process would keep its own gradients; use the engine torch')
+
 # %% ../nbs/13_autograd.ipynb #925a9073
 class Torch:
     "PyTorch's own words. The first tape puts others in their places, which ask an open tape first and else say the same."
     def __init__(self):
-        self.taught,self.get_hooks = False,torch.nn.Module._get_backward_hooks
+        self.taught,self.get_hooks,self.spread = False,torch.nn.Module._get_backward_hooks,DistributedDataParallel.forward
         self.backward,self.grad,self.apply = torch.autograd.backward,torch.autograd.grad,Function.__dict__['apply'].__func__
         self.register_hook,self.retain_grad,self.on_tensors = Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors
 
     def teach(self):
         if self.taught: return
-        self.taught,torch.nn.Module._get_backward_hooks = True,get_hooks_here
+        self.taught,torch.nn.Module._get_backward_hooks,DistributedDataParallel.forward = True,get_hooks_here,spread_here
         torch.autograd.backward,torch.autograd.grad,Function.apply = backward_here,grad_here,classmethod(apply_here)
         Tensor.register_hook,Tensor.retain_grad,BackwardHook._apply_on_tensors = register_hook_here,retain_grad_here,on_tensors_here
 

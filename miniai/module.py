@@ -334,10 +334,15 @@ def to(self:Module,
     def moved(t):
         form = memory_format if t.ndim in (4, 5) and memory_format else torch.preserve_format
         return t.to(device, dtype if t.is_floating_point() or t.is_complex() else None, non_blocking, memory_format=form)
-    for t in [*self.parameters(), *self.buffers()]:
-        t.data = moved(t.data)
-        if t.grad is not None: t.grad.data = moved(t.grad.data)
+    for t in [*self.parameters(), *self.buffers()]: _become(t, moved(t.data), None if t.grad is None else moved(t.grad))
     return self
+
+def _become(t, x, g):
+    "The tensor `t` stays what it is, with the data of `x` and the gradient `g`; the meta device needs another way."
+    t.grad = None
+    if torch._has_compatible_shallow_copy_type(t, x): t.data = x
+    else: torch.utils.swap_tensors(t, Parameter(x, t.requires_grad) if isinstance(t, Parameter) else x)
+    t.grad = g
 
 # %% ../nbs/20_module.ipynb #e4951f7b
 @patch

@@ -622,3 +622,21 @@ def test_a_whole_step_is_one_flat_graph():
     other = normal(16, 3, seed=5)
     for a, b in zip(graph(other, *ps), step(other, *ps), strict=True): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert all(n.op in ('placeholder', 'call_function', 'get_attr', 'output') for n in graph.graph.nodes)
+
+def test_reentrant_checkpoints_are_refused_and_the_others_are_right():
+    from torch.utils.checkpoint import checkpoint
+    lin, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
+    with Tape():
+        with pytest.raises(NotImplementedError, match='use_reentrant=False'): checkpoint(lin, x, use_reentrant=True)
+        checkpoint(lin, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(lin.weight.grad, x.sum(0).expand(3, 3))
+
+def test_data_parallel_is_refused(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        spread = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
+        with Tape(), pytest.raises(NotImplementedError, match='use the engine torch'): spread(torch.ones(3, 2))
+        with Tape(), torch.no_grad(): assert spread(torch.ones(3, 2)).shape == (3, 1)
+        spread(torch.ones(3, 2)).sum().backward()
+        assert spread.module.weight.grad.tolist() == [[3., 3.]]
+    finally: torch.distributed.destroy_process_group()

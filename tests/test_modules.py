@@ -350,3 +350,13 @@ def test_a_part_that_overrides_train_is_asked():
         def train(self, mode=True): return super().train(False)
     m = nn.Sequential(Frozen(nn.Dropout(.5)), nn.Dropout(.5)).train()
     assert not m[0][0].training and m[1].training
+
+def test_to_the_meta_device_and_back_as_pytorch_goes():
+    for Linear in (nn.Linear, torch.nn.Linear):
+        m = torch.nn.Sequential(Linear(2, 3)) if Linear is torch.nn.Linear else nn.Sequential(Linear(2, 3))
+        w = m[0].weight
+        w.grad = torch.ones(3, 2)
+        m.to('meta')
+        assert m[0].weight.is_meta and m[0].weight.grad.is_meta and isinstance(m[0].weight, torch.nn.Parameter)
+        m.to_empty(device='cpu')
+        assert not m[0].weight.is_meta and m[0].weight.shape == (3, 2)
