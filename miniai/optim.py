@@ -5,7 +5,7 @@
 # %% ../nbs/30_optim.ipynb #6bd0bdfc
 from __future__ import annotations
 import math, operator
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from fastcore.basics import patch
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ['Optimizer', 'maximize', 'weight_decay', 'momentum', 'descend', 'SGD'
            'ScheduleFreeAdamW', 'clip_grad_norm_', 'clip_grad_value_']
 
 # %% ../nbs/30_optim.ipynb #76e9f14f
-class Optimizer:
+class Optimizer(torch.optim.Optimizer):
     "Parameters in groups, a memory for each, and `pieces` that turn a gradient into a step."
     pieces = ()   # each is called as `piece(g, p, state, group)` and gives the new g; the last one changes p
     fused = None  # the whole recipe as one kernel, for many parameters: `fused(ps, gs, states, group)`
@@ -35,6 +35,7 @@ class Optimizer:
         params = list(params)
         if not params: raise ValueError(f'{type(self).__name__}: no parameters were given (a generator can be used up only once)')
         self.flat,self.defaults,self.state,self.param_groups,self._plans = flat,defaults,defaultdict(dict),[],{}
+        for name in _HOOKS: setattr(self, name, OrderedDict())
         for group in params if isinstance(params[0], dict) else [dict(params=params)]: self.add_param_group(group)
 
     def add_param_group(self,
@@ -42,7 +43,7 @@ class Optimizer:
     ):
         "Take in more parameters, with settings of their own."
         name,ps = type(self).__name__,group['params']
-        unknown = sorted(group.keys() - self.defaults.keys() - {'params'})
+        unknown = sorted(group.keys() - self.defaults.keys() - {'params', 'initial_lr'})
         if unknown: raise ValueError(f"{name}: no setting {', '.join(unknown)}; there are {', '.join(self.defaults)}")
         group = {**self.defaults, **group, 'params': [ps] if isinstance(ps, Tensor) else list(ps)}
         group = {k: v.item() if isinstance(v, Tensor) else v for k,v in group.items()}
@@ -55,12 +56,15 @@ class Optimizer:
         closure=None, # computes the loss and its gradients anew; called first
     ):                # the loss, if there is a closure
         "One step for every parameter that has a gradient."
+        args = (self,) if closure is None else (self, closure)
+        for hook in self._optimizer_step_pre_hooks.values(): hook(self, args, {})
         loss = None if closure is None else torch.enable_grad()(closure)()
         for i,group in enumerate(self.param_groups):
             if self.flat: self._flat_step(i, group)
             else:
                 for p in group['params']:
                     if p.grad is not None: self.update(p, p.grad, _follow(p, self.state[p]), group)
+        for hook in self._optimizer_step_post_hooks.values(): hook(self, args, {})
         return loss
 
     def update(self, p:Tensor, g:Tensor, state:dict, group:dict):
@@ -78,7 +82,8 @@ class Optimizer:
 
     def __repr__(self):
         def line(group):
-            settings = ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k,v in group.items() if k != 'params')
+            settings = ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k,v in group.items()
+                                 if k not in ('params', 'initial_lr'))
             return f"{sum(p.numel() for p in group['params']):,} params in {len(group['params'])} tensors: {settings}"
         return f"{type(self).__name__}({'; '.join(line(g) for g in self.param_groups)})"
 
@@ -109,6 +114,8 @@ def _follow(p, state):
     return state
 
 _COUNTS = 'step', 'weight_sum'      # what a memory has that is one number for all entries of a parameter
+_HOOKS = ['_optimizer_' + o for o in ('step_pre_hooks', 'step_post_hooks', 'state_dict_pre_hooks', 'state_dict_post_hooks',
+                                      'load_state_dict_pre_hooks', 'load_state_dict_post_hooks')]
 
 # %% ../nbs/30_optim.ipynb #70dd83f5
 def maximize(g, p, state, group):
@@ -166,9 +173,12 @@ def _memory(opt, p):
 @patch
 def state_dict(self:Optimizer)->dict:
     "`{'state': {number: memory}, 'param_groups': [settings, with the numbers]}`, PyTorch's layout."
+    for hook in self._optimizer_state_dict_pre_hooks.values(): hook(self)
     number = {p: i for i,p in enumerate(_numbered(self))}
     groups = [{**g, 'params': [number[p] for p in g['params']]} for g in self.param_groups]
-    return dict(state={number[p]: _memory(self, p) for p in self.state}, param_groups=groups)
+    saved = dict(state={number[p]: _memory(self, p) for p in self.state}, param_groups=groups)
+    for hook in self._optimizer_state_dict_post_hooks.values(): saved = saved if (new := hook(self, saved)) is None else new
+    return saved
 
 # %% ../nbs/30_optim.ipynb #3bb75689
 @patch
@@ -176,11 +186,13 @@ def load_state_dict(self:Optimizer,
     saved:dict, # from `state_dict`, ours or PyTorch's
 ):
     "Take over settings and memory; the memory is copied."
+    for hook in self._optimizer_load_state_dict_pre_hooks.values(): saved = saved if (new := hook(self, saved)) is None else new
     name,ps = type(self).__name__,_numbered(self)
     sizes,ours = [[len(g['params']) for g in groups] for groups in (saved['param_groups'], self.param_groups)]
     if sizes != ours: raise ValueError(f'{name}: the saved groups have {sizes} parameters, these have {ours}')
     for group,was in zip(self.param_groups, saved['param_groups'], strict=True):
-        group.update({k: v.item() if isinstance(v, Tensor) else v for k,v in was.items() if k in group and k != 'params'})
+        group.update({k: v.item() if isinstance(v, Tensor) else v for k,v in was.items()
+                      if (k in group or k == 'initial_lr') and k != 'params'})
     number = dict(zip((i for g in saved['param_groups'] for i in g['params']), ps, strict=True))
     state = {number[i]: {k: v.clone() if isinstance(v, Tensor) else torch.tensor(float(v)) for k,v in s.items() if v is not None}
              for i,s in saved['state'].items()}
@@ -190,11 +202,16 @@ def load_state_dict(self:Optimizer,
                 raise ValueError(f'{name}: the saved {k} {tuple(v.shape)} is not for a parameter {tuple(p.shape)}')
     for pack in (k for plan in self._plans.values() for k in plan.packs): pack.dissolve()
     self.state,self._plans = defaultdict(dict, {p: _follow(p, s) for p,s in state.items()}),{}
+    for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
 # %% ../nbs/30_optim.ipynb #b7c02259
 @patch
 def __getstate__(self:Optimizer):      # for pickle and deepcopy: the flat storage is made anew by the next step
-    return {**vars(self), '_plans': {}, 'state': defaultdict(dict, {p: _memory(self, p) for p in self.state})}
+    kept = {k: v for k,v in vars(self).items() if k != 'step'}        # a scheduler of PyTorch's puts its own there
+    return {**kept, '_plans': {}, 'state': defaultdict(dict, {p: _memory(self, p) for p in self.state})}
+
+@patch
+def __setstate__(self:Optimizer, kept): vars(self).update(kept)
 
 # %% ../nbs/30_optim.ipynb #03069a36
 def _kept(state, name, p):

@@ -1,5 +1,5 @@
 "Optimizers against torch.optim to the last bit, or against their definition; flat against one by one; saved here and loaded there."
-import copy, io, pickle
+import copy, io, itertools, pickle
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
@@ -535,3 +535,53 @@ def test_what_is_no_list_of_parameters(make, said):
 
 def test_repr():
     assert repr(Lion(start(), lr=.1)) == 'Lion(16 params in 3 tensors: lr=0.1, betas=(0.9, 0.99), weight_decay=0, maximize=False)'
+
+def schedulers(opt):
+    s = torch.optim.lr_scheduler
+    yield s.StepLR(opt, 3, .5)
+    yield s.CosineAnnealingWarmRestarts(opt, 4)
+    yield s.OneCycleLR(opt, .3, total_steps=10)
+    yield s.SequentialLR(opt, [s.LinearLR(opt, .1, total_iters=3), s.ExponentialLR(opt, .9)], [3])
+    yield s.ReduceLROnPlateau(opt, patience=1)
+
+@pytest.mark.parametrize('which', range(5))
+@pytest.mark.parametrize('flat', [False, True])
+def test_pytorchs_schedulers_turn_ours(which, flat):
+    lrs = {}
+    for owner, kw in ((optim, dict(flat=flat)), (torch.optim, {})):
+        p = torch.nn.Parameter(torch.ones(5))
+        opt = owner.AdamW([p], lr=.1, **kw)
+        sched = next(itertools.islice(schedulers(opt), which, None))
+        lrs[owner] = []
+        for _ in range(10):
+            (p*p).sum().backward()
+            opt.step(); opt.zero_grad()
+            sched.step(1.) if which == 4 else sched.step()
+            lrs[owner].append((opt.param_groups[0]['lr'], *opt.param_groups[0]['betas'], p.detach().sum().item()))
+        copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))
+    for a, b in zip(*lrs.values(), strict=True): assert a == pytest.approx(b, rel=1e-4)
+
+def test_hooks_of_an_optimizer_act_as_pytorchs():
+    said = {}
+    for owner in (optim, torch.optim):
+        p, seen = torch.nn.Parameter(torch.ones(3)), []
+        opt = owner.SGD([p], lr=1.)
+        opt.register_step_pre_hook(lambda o, args, kw, seen=seen, p=p: seen.append(('before', len(args), p.sum().item())))
+        opt.register_step_post_hook(lambda o, args, kw, seen=seen, p=p: seen.append(('after', p.sum().item())))
+        opt.register_state_dict_pre_hook(lambda o, seen=seen: seen.append('saving'))
+        opt.register_state_dict_post_hook(lambda o, saved: {**saved, 'more': 1})
+        opt.register_load_state_dict_pre_hook(lambda o, saved, seen=seen: seen.append(sorted(saved)))
+        opt.register_load_state_dict_post_hook(lambda o, seen=seen: seen.append('loaded'))
+        p.grad = torch.ones(3)
+        opt.step()
+        opt.load_state_dict(opt.state_dict())
+        said[owner] = seen
+    assert said[optim] == said[torch.optim] and len(said[optim]) == 5
+
+def test_a_rate_that_was_scheduled_is_known_again():
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = optim.SGD([dict(params=[p], initial_lr=.1)], lr=.05)
+    sched = torch.optim.lr_scheduler.StepLR(opt, 2, .5, last_epoch=4)
+    other = optim.SGD([p], lr=1.)
+    other.load_state_dict(opt.state_dict())
+    assert sched.base_lrs == [.1] and other.param_groups[0]['initial_lr'] == .1 and 'initial_lr' not in repr(opt)
