@@ -34,9 +34,18 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f'{type(self).__name__}: parameters come in a list, this is one {type(params).__name__}; put it in [ ]')
         params = list(params)
         if not params: raise ValueError(f'{type(self).__name__}: no parameters were given (a generator can be used up only once)')
-        self.flat,self.defaults,self.state,self.param_groups,self._plans = flat,defaults,defaultdict(dict),[],{}
+        self.flat,self.defaults,self.param_groups,self._plans = flat,defaults,[],{}
+        self._state,self._shown = defaultdict(dict),False
         for name in _HOOKS: setattr(self, name, OrderedDict())
         for group in params if isinstance(params[0], dict) else [dict(params=params)]: self.add_param_group(group)
+
+    @property
+    def state(self):
+        "{parameter: its memory by name}. Who has seen it may change it."
+        self._shown = True
+        return self._state
+    @state.setter
+    def state(self, state): self._state,self._shown = state,True
 
     def add_param_group(self,
         group:dict, # `params`, and any settings that differ from the defaults
@@ -63,7 +72,7 @@ class Optimizer(torch.optim.Optimizer):
             if self.flat: self._flat_step(i, group)
             else:
                 for p in group['params']:
-                    if p.grad is not None: self.update(p, p.grad, _follow(p, self.state[p]), group)
+                    if p.grad is not None: self.update(p, p.grad, _follow(p, self._state[p]), group)
         for hook in self._optimizer_step_post_hooks.values(): hook(self, args, {})
         return loss
 
@@ -167,7 +176,7 @@ def _numbered(opt): return [p for group in opt.param_groups for p in group['para
 
 def _memory(opt, p):
     "What is kept for a parameter; what lies side by side is copied out, so that a file holds this and no more"
-    return {k: v.clone() if opt.flat else v for k,v in opt.state[p].items()}
+    return {k: v.clone() if opt.flat else v for k,v in opt._state[p].items()}
 
 # %% ../nbs/30_optim.ipynb #af7bf068
 @patch
@@ -176,7 +185,7 @@ def state_dict(self:Optimizer)->dict:
     for hook in self._optimizer_state_dict_pre_hooks.values(): hook(self)
     number = {p: i for i,p in enumerate(_numbered(self))}
     groups = [{**g, 'params': [number[p] for p in g['params']]} for g in self.param_groups]
-    saved = dict(state={number[p]: _memory(self, p) for p in self.state}, param_groups=groups)
+    saved = dict(state={number[p]: _memory(self, p) for p in self._state}, param_groups=groups)
     for hook in self._optimizer_state_dict_post_hooks.values(): saved = saved if (new := hook(self, saved)) is None else new
     return saved
 
@@ -201,14 +210,14 @@ def load_state_dict(self:Optimizer,
             if k not in _COUNTS and v.shape != p.shape:
                 raise ValueError(f'{name}: the saved {k} {tuple(v.shape)} is not for a parameter {tuple(p.shape)}')
     for pack in (k for plan in self._plans.values() for k in plan.packs): pack.dissolve()
-    self.state,self._plans = defaultdict(dict, {p: _follow(p, s) for p,s in state.items()}),{}
+    self._state,self._plans = defaultdict(dict, {p: _follow(p, s) for p,s in state.items()}),{}
     for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
 # %% ../nbs/30_optim.ipynb #b7c02259
 @patch
 def __getstate__(self:Optimizer):      # for pickle and deepcopy: the flat storage is made anew by the next step
     kept = {k: v for k,v in vars(self).items() if k != 'step'}        # a scheduler of PyTorch's puts its own there
-    return {**kept, '_plans': {}, 'state': defaultdict(dict, {p: _memory(self, p) for p in self.state})}
+    return {**kept, '_plans': {}, '_state': defaultdict(dict, {p: _memory(self, p) for p in self._state})}
 
 @patch
 def __setstate__(self:Optimizer, kept): vars(self).update(kept)
@@ -468,20 +477,20 @@ class ScheduleFreeAdamW(Optimizer):
         self.averaged = True
         for group in self.param_groups:
             for p in group['params']:
-                if 'z' not in self.state[p]: continue
-                self.state[p]['y'] = p.clone()
-                p.lerp_(self.state[p]['z'], 1 - 1/group['betas'][0])
+                if 'z' not in self._state[p]: continue
+                self._state[p]['y'] = p.clone()
+                p.lerp_(self._state[p]['z'], 1 - 1/group['betas'][0])
 
     @torch.no_grad()
     def train(self):
         "Put y back, to the bit."
-        for p,s in self.state.items():
+        for p,s in self._state.items():
             if 'y' in s: p.copy_(s.pop('y'))
         self.averaged = False
 
     def load_state_dict(self, saved):
         super().load_state_dict(saved)
-        self.averaged = any('y' in s for s in self.state.values())
+        self.averaged = any('y' in s for s in self._state.values())
 
 # %% ../nbs/30_optim.ipynb #5ff07767
 def _grads(params): return [p.grad for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None]
@@ -595,8 +604,8 @@ class _Plan:
         packs = [_Pack(part, [state[p] for p in part]) for same in together.values() for part in _portions(same)]
         self.packs = sorted(packs, key=lambda k: not k.several)       # those of several first
         self.packed = [p for k in self.packs if k.several for p in k.ps]
-        self.targets = [g for k in self.packs if k.several for g in k.grads]
-        self.gathered,self.single = [k.grad for k in self.packs if k.several],[k.ps[0] for k in self.packs if not k.several]
+        self.targets,self.gathered = ([o for k in self.packs if k.several for o in part(k)] for part in (lambda k: k.grads, lambda k: [k.grad]))
+        self.single = [k.ps[0] for k in self.packs if not k.several]
         self.strides = [p.stride() for p in self.single]
         self.members,self.views,self.states = ([o for k in self.packs for o in getattr(k, name)] for name in ('ps', 'views', 'states'))
         kinds = defaultdict(list)
@@ -607,30 +616,33 @@ class _Plan:
     def show(self):
         self.sizes,self.shown = [len(k.state) for k in self.packs],[s for k in self.packs for s in k.show()]
 
-    def fits(self, ps, state):
-        "Is all as it was?"
+    def fits(self, ps):
+        "Are the parameters as they were, and where they were?"
         return (len(ps) == len(self.ps) and all(map(operator.is_, ps, self.ps)) and all(map(Tensor.is_set_to, self.members, self.views))
-                and all(map(operator.is_, map(state.get, self.members), self.states)) and all([s.get(k) is v for s,k,v in self.shown])
-                and not any(p.grad is not None for p in self.waiting))
+                and not (self.waiting and any(p.grad is not None for p in self.waiting)))
 
-    def missing(self): return {id(p) for p in self.packed if p.grad is None}
+    def remembers(self, state):
+        "Is their memory as it was?"
+        return all(map(operator.is_, map(state.get, self.members), self.states)) and all([s.get(k) is v for s,k,v in self.shown])
 
-    def grads(self):
-        "A gradient for each pack, laid out like its data; None where there is none"
+    def gather(self):
+        "Small gradients side by side: a gradient for each pack, laid out like its data, or None; False if one in a pack is missing"
         gs = [p.grad for p in self.single]
         try:
             if self.targets: torch._foreach_copy_(self.targets, [p.grad for p in self.packed])
-            if [g if g is None else g.stride() for g in gs] != self.strides:
+            if gs and [g if g is None else g.stride() for g in gs] != self.strides:
                 gs = [g if g is None else torch.empty_like(p).copy_(g) for p,g in zip(self.single, gs, strict=True)]
+        except TypeError: return False                                # a None among them
         except RuntimeError as e: raise _sparse([p for p in self.members if p.grad is not None], e) from e
-        return self.gathered + gs
+        self.gs = self.gathered + gs
+        return True
 
     def work(self):
         "`(datas, gradients, memories)` for each type and device"
-        gs = self.grads()
         for kind in self.kinds:
-            here = [(self.packs[i].data, gs[i], self.packs[i].state) for i in kind if gs[i] is not None]
+            here = [(self.packs[i].data, self.gs[i], self.packs[i].state) for i in kind if self.gs[i] is not None]
             if here: yield zip(*here, strict=True)
+        self.gs = None
 
 # %% ../nbs/30_optim.ipynb #a256bb2e
 def _portions(ps):
@@ -660,16 +672,19 @@ def _flat_step(self:Optimizer, i, group):
     if plan.packed: increment_version(plan.packed)                    # an old graph must see that its parameters changed
     if [len(k.state) for k in plan.packs] != plan.sizes: plan.show()
     for p in plan.others:
-        if p.grad is not None: self.update(p, p.grad, _follow(p, self.state[p]), group)
+        if p.grad is not None: self.update(p, p.grad, _follow(p, self._state[p]), group)
 
 @patch
 def _plan(self:Optimizer, i, ps):
-    plan = self._plans.get(i)
-    if plan and plan.fits(ps, self.state) and not plan.missing(): return plan
-    loners = plan.loners | plan.missing() if plan else set()
-    for pack in plan.packs if plan else (): pack.dissolve()
-    self._plans[i] = _Plan(ps, self.state, loners)
-    return self._plans[i]
+    "The plan of group `i`, its gradients gathered."
+    plan,loners = self._plans.get(i),set()
+    if plan and plan.fits(ps) and (not self._shown or plan.remembers(self._state)) and plan.gather(): return plan
+    if plan:
+        loners = plan.loners | {id(p) for p in plan.packed if p.grad is None}
+        for pack in plan.packs: pack.dissolve()
+    plan = self._plans[i] = _Plan(ps, self._state, loners)
+    plan.gather()
+    return plan
 
 # %% ../nbs/30_optim.ipynb #bca2db59
 def _bufs(ps, states, name, new=torch.zeros_like):
@@ -683,13 +698,15 @@ def _counted(ps, states):
     return steps
 
 def _fused_sgd(ps, gs, states, group):
-    settings = {k: group[k] for k in ('lr', 'momentum', 'dampening', 'weight_decay', 'nesterov', 'maximize')}
-    new = ['momentum_buffer' not in s for s in states] if group['momentum'] else [False]
-    for first in set(new):                # the first direction is the gradient itself: the kernel is told so for those
-        here = [i for i,n in enumerate(new) if n == first] if group['momentum'] else range(len(ps))
-        p,g,s = ([xs[i] for i in here] for xs in (ps, gs, states))
-        torch._fused_sgd_(p, g, _bufs(p, s, 'momentum_buffer') if group['momentum'] else [], is_first_step=first, grad_scale=None,
-                          found_inf=None, **settings)
+    def kernel(ps, gs, bufs, first):
+        torch._fused_sgd_(ps, gs, bufs, lr=group['lr'], momentum=group['momentum'], dampening=group['dampening'], nesterov=group['nesterov'],
+                          weight_decay=group['weight_decay'], maximize=group['maximize'], is_first_step=first, grad_scale=None, found_inf=None)
+    if not group['momentum']: return kernel(ps, gs, [], False)
+    old = ['momentum_buffer' in s for s in states]
+    bufs = _bufs(ps, states, 'momentum_buffer')
+    if all(old): return kernel(ps, gs, bufs, False)
+    for seen in set(old):                 # the first direction is the gradient itself: the kernel is told so for those
+        kernel(*([x for x,o in zip(xs, old, strict=True) if o == seen] for xs in (ps, gs, bufs)), not seen)
 
 def _fused_adam(kernel):
     def fused(ps, gs, states, group):
