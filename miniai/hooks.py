@@ -20,9 +20,8 @@ from .tape import Aside, leading, open_tapes
 # %% auto #0
 __all__ = ['aten', 'FLOPS', 'ILL', 'ADVICE', 'Hook', 'Hooks', 'unit_axis', 'spread_out', 'describe', 'is_leaf', 'ActivationStats',
            'plot_lines', 'Operators', 'product', 'convolution', 'convolution_back', 'attention', 'recurrent', 'Meter',
-           'chance', 'set_chance', 'untouched', 'measure', 'shape_text', 'Summary', 'first_inputs', 'summary',
-           'GradStats', 'Snapshot', 'illness', 'span_of', 'FindBad', 'first_bad_gradient', 'pulled', 'advice',
-           'NanGuardCB', 'healthy', 'at']
+           'untouched', 'measure', 'shape_text', 'Summary', 'first_inputs', 'summary', 'GradStats', 'Snapshot',
+           'illness', 'span_of', 'FindBad', 'first_bad_gradient', 'pulled', 'advice', 'NanGuardCB', 'healthy', 'at']
 
 # %% ../nbs/52_hooks.ipynb #64cc235d
 class Hook:
@@ -254,27 +253,27 @@ class Meter(Operators):
         return y
 
 # %% ../nbs/52_hooks.ipynb #b75d22f5
-def chance()->dict:
-    "The state of every global generator: Python's, NumPy's, PyTorch's on the CPU and on the graphics cards."
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),       # noqa: NPY002
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+def _torch_chance(): return torch.get_rng_state(),torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _set_torch_chance(state):
+    torch.set_rng_state(state[0])
+    if state[1]: torch.cuda.set_rng_state_all(state[1])
 
-def set_chance(state:dict):
-    "Go back to what `chance` gave."
-    random.setstate(state['python'])
-    np.random.set_state(state['numpy'])       # noqa: NPY002
-    torch.set_rng_state(state['torch'])
-    if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
+def _chance(): return random.getstate(),np.random.get_state(),_torch_chance()  # noqa: NPY002
+def _set_chance(state):
+    random.setstate(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+    _set_torch_chance(state[2])
 
+# %% ../nbs/52_hooks.ipynb #175acfde
 class untouched:
     "`with untouched(model):` gradients, buffers and all chance are afterwards what they were before."
     def __init__(self, model): self.model = model
     def __enter__(self):
-        self.state,self.buffers = chance(),[(b, b.clone()) for b in self.model.buffers()]
+        self.state,self.buffers = _chance(),[(b, b.clone()) for b in self.model.buffers()]
         self.grads = [(p, p.grad) for p in self.model.parameters()]
         for p,_ in self.grads: p.grad = None
     def __exit__(self, *error):
-        set_chance(self.state)
+        _set_chance(self.state)
         for p,g in self.grads: p.grad = g
         with torch.no_grad():
             for b,was in self.buffers: b.copy_(was)
@@ -393,20 +392,23 @@ class GradStats(Callback):
 
 # %% ../nbs/52_hooks.ipynb #cd5ac1d5
 class Snapshot:
-    "A copy of all that a run goes on from: weights, buffers, optimizer, callbacks, chance."
+    "A copy, in memory, of all that a run goes on from: weights, buffers, gradients, optimizer, callbacks, chance."
     def __init__(self, learn):
-        def copied(state): return map_tensors(torch.clone, state)
-        self.model,self.opt = copied(dict(learn.model.state_dict())),copy.deepcopy(learn.opt.state_dict())
-        self.cbs,self.chance,self.steps = [(cb, copied(cb.state_dict())) for cb in learn.cbs],chance(),learn.steps
+        self.model,self.opt = _copied(dict(learn.model.state_dict())),copy.deepcopy(learn.opt.state_dict())
+        self.grads = [None if p.grad is None else p.grad.clone() for p in learn.model.parameters()]
+        self.cbs,self.chance,self.steps = [(cb, _copied(cb.state_dict())) for cb in learn.cbs],_chance(),learn.steps
 
     def restore(self, learn):
         "Put it all back."
-        learn.model.load_state_dict(map_tensors(torch.clone, self.model))
+        learn.model.load_state_dict(self.model)
         learn.opt.load_state_dict(copy.deepcopy(self.opt))
-        learn.opt.zero_grad()
-        for cb,state in self.cbs: cb.load_state_dict(map_tensors(torch.clone, state))
-        set_chance(self.chance)
+        for p,g in zip(learn.model.parameters(), self.grads, strict=True): p.grad = None if g is None else g.clone()
+        for cb,state in self.cbs:
+            if state: cb.load_state_dict(_copied(state))
+        _set_chance(self.chance)
         learn.steps = self.steps
+
+def _copied(state): return map_tensors(torch.clone, state)
 
 # %% ../nbs/52_hooks.ipynb #06bc7ff7
 ILL = '', 'inf', 'NaN'
@@ -481,7 +483,8 @@ ADVICE = {
 def advice(op, learn)->list:
     "What to try after `op` went bad."
     name = str(op).removeprefix('aten.').split('.')[0].rstrip('_')
-    said = [text for key,text in ADVICE.items() if name == key or name in (f'{key}_backward', f'{key}2', f'{key}1p', f'linalg_vector_{key}')]
+    def fits(key): return name in (key, f'{key}_backward', f'{key}2', f'{key}1p', f'linalg_vector_{key}')
+    said = [text for key,text in ADVICE.items() if fits(key)]
     largest = max((p.detach().abs().max().item() for p in learn.model.parameters()), default=0.)
     if largest > 100: said.append(f'weights have grown to {largest:.3g}: a lower learning rate, a warm-up, or ClipCB')
     return said or ['a lower learning rate, a warm-up, or ClipCB; a look at this batch']
@@ -523,11 +526,6 @@ def healthy(learn, losses=())->bool:
     with torch.no_grad(): sizes = torch._foreach_norm([p for p in learn.model.parameters() if p.numel()])
     device = sizes[0].device
     return math.isfinite(sum(x.float().to(device) for x in [*losses, *sizes]))
-
-def _torch_chance(): return torch.get_rng_state(),torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-def _set_torch_chance(state):
-    torch.set_rng_state(state[0])
-    if state[1]: torch.cuda.set_rng_state_all(state[1])
 
 # %% ../nbs/52_hooks.ipynb #46e056e1
 @patch
