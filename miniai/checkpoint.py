@@ -342,6 +342,7 @@ class ResumeCB(Callback):
         if (epoch, batch) >= (learn.epochs, 1):
             raise CheckpointError(f'{self.checkpoint!r}: fit({learn.epochs}) has no such epoch; give the number of epochs of the whole run')
         if name not in learn.passes: raise CheckpointError(f'{self.checkpoint!r}, and this fit has no validation; leave valid=False out')
+        if any(getattr(dl, 'persistent_workers', False) for dl in (learn.dls.train, learn.dls.valid)): _say(_KEPT)
         learn.start = epoch,name
         if (name, batch) == ('train', 0): self.arrive(learn)
 
@@ -371,6 +372,9 @@ def jump(
     over = state['epoch'] != epoch           # after the last batch a loader is at the next epoch's first
     dl.load_state_dict(state)
     if over: dl.seek(epoch, len(dl))
+
+_KEPT = ("PyTorch's loader with persistent_workers=True draws another order in a new process: this run goes on, but not to the bit; "
+         'leave persistent_workers out, or take the DataLoader of miniai.loader')
 
 class _Again:
     "Batches from a loader that cannot jump: those that are done are read again, and then all is put as it was"
