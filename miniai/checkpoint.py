@@ -14,9 +14,9 @@ from torch import Tensor
 from .learner import Callback, Learner
 
 # %% auto #0
-__all__ = ['FORMAT', 'VERSION', 'fold', 'unfold', 'chunks', 'write_file', 'write_checkpoint', 'CheckpointError', 'Checkpoint',
-           'checkpoints', 'newest', 'open_checkpoint', 'chance', 'set_chance', 'snapshot', 'put_back', 'ResumeCB',
-           'jump', 'CheckpointCB', 'best_checkpoint']
+__all__ = ['FORMAT', 'VERSION', 'fold', 'unfold', 'chunks', 'write_file', 'write_checkpoint', 'is_pickle', 'CheckpointError',
+           'Checkpoint', 'checkpoints', 'newest', 'open_checkpoint', 'chance', 'set_chance', 'snapshot', 'put_back',
+           'ResumeCB', 'jump', 'CheckpointCB', 'best_checkpoint']
 
 # %% ../nbs/54_checkpoint.ipynb #7f514722
 def fold(
@@ -69,10 +69,11 @@ def unfold(
 # %% ../nbs/54_checkpoint.ipynb #6746ba34
 def chunks(
     tensors:dict, # on the CPU, contiguous
+    **words:str,  # to stand in the header
 ):                # yields bytes
     "The bytes of a safetensors file."
     tensors = dict(sorted(tensors.items(), key=lambda o: -o[1].element_size()))       # then each begins at a multiple of its size
-    header, at = {'__metadata__': {'format': 'pt'}}, 0
+    header, at = {'__metadata__': {'format': 'pt', **words}}, 0
     for name,x in tensors.items():
         if x.dtype not in _DTYPES: raise TypeError(f'checkpoint: {name} is {x.dtype}, which a safetensors file cannot hold')
         header[name] = dict(dtype=_DTYPES[x.dtype], shape=list(x.shape), data_offsets=[at, at := at + x.nbytes])
@@ -140,6 +141,11 @@ def _sealed(state):
 
 def _seal(body): return hashlib.sha256(body.encode()).hexdigest()
 
+# %% ../nbs/54_checkpoint.ipynb #51c55388
+def is_pickle(path)->bool:
+    "Does it begin as `pickle` or `torch.save` begin a file?"
+    with open(path, 'rb') as f: return f.read(4).startswith((b'PK\x03\x04', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05'))
+
 # %% ../nbs/54_checkpoint.ipynb #a06f5429
 class CheckpointError(ValueError): "Something that is no whole checkpoint of ours, and why"
 
@@ -174,7 +180,7 @@ class Checkpoint:
 def _read_state(folder):
     path = folder/'state.json'
     if not path.is_file():
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.is_file() and _is_pickle(p)] if folder.is_dir() else []
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.is_file() and is_pickle(p)] if folder.is_dir() else []
         raise CheckpointError(f'{folder} is no checkpoint of miniai: it has no state.json' +
             (f'; {pickles[0]} is a pickle, which can run any code when it is read: it was not opened' if pickles else ''))
     try:
@@ -190,12 +196,9 @@ def _version(path, version):
     return (f'{path} has version {version} of the format, this miniai reads version {VERSION}; '
             f'take up the run with the miniai that {"began it" if isinstance(version, int) and version < VERSION else "wrote it"}')
 
-def _is_pickle(path):
-    with open(path, 'rb') as f: return f.read(4).startswith((b'PK\x03\x04', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05'))
-
 def _check_file(path, size, sha256):
     if not path.is_file(): raise CheckpointError(f'{path} is missing')
-    if _is_pickle(path): raise CheckpointError(f'{path} is a pickle, which can run any code when it is read: it was not opened')
+    if is_pickle(path): raise CheckpointError(f'{path} is a pickle, which can run any code when it is read: it was not opened')
     if (now := path.stat().st_size) != size: raise CheckpointError(f'{path} is torn: {now:,} bytes of {size:,} are there')
     with open(path, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
     if digest != sha256: raise CheckpointError(f'{path} is not as it was written: it is damaged')
@@ -342,6 +345,7 @@ class ResumeCB(Callback):
         if (epoch, batch) >= (learn.epochs, 1):
             raise CheckpointError(f'{self.checkpoint!r}: fit({learn.epochs}) has no such epoch; give the number of epochs of the whole run')
         if name not in learn.passes: raise CheckpointError(f'{self.checkpoint!r}, and this fit has no validation; leave valid=False out')
+        if any(getattr(dl, 'persistent_workers', False) for dl in (learn.dls.train, learn.dls.valid)): _say(_KEPT)
         learn.start = epoch,name
         if (name, batch) == ('train', 0): self.arrive(learn)
 
@@ -371,6 +375,9 @@ def jump(
     over = state['epoch'] != epoch           # after the last batch a loader is at the next epoch's first
     dl.load_state_dict(state)
     if over: dl.seek(epoch, len(dl))
+
+_KEPT = ("PyTorch's loader with persistent_workers=True draws another order in a new process: this run goes on, but not to the bit; "
+         'leave persistent_workers out, or take the DataLoader of miniai.loader')
 
 class _Again:
     "Batches from a loader that cannot jump: those that are done are read again, and then all is put as it was"

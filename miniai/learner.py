@@ -13,7 +13,8 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor
 from . import autograd
-from .core import did_you_mean
+from .core import batch_size, did_you_mean, map_tensors
+from .data import join
 from .nn import cross_entropy
 from .optim import SGD
 
@@ -299,17 +300,78 @@ def set_epoch(
         if hasattr(o, 'set_epoch'): return o.set_epoch(epoch)
 
 # %% ../nbs/50_learner.ipynb #e3b0dd17
-class _Collect(Callback):
-    "Every batch's predictions and targets"
-    def before_valid(self, learn): self.preds,self.targs = [],[]
-    def after_predict(self, learn):
-        self.preds.append(learn.preds.detach().cpu())
-        self.targs.append(learn.batch[-1].cpu())
+@patch
+@contextmanager
+def aside(self:Learner):
+    "What is done in the block leaves no trace in the run."
+    kept,self.row = dict(vars(self)),{}
+    try: yield self
+    finally: vars(self).update(kept)
 
 # %% ../nbs/50_learner.ipynb #7e4866a2
+class _Collect(Callback):
+    "Every batch's predictions and targets"
+    order = 1000
+    def __init__(self): self.preds,self.targs,self.own_loss = [],[],False
+    def after_predict(self, learn):
+        for kept,o in ((self.preds, learn.preds), (self.targs, learn.targ)): kept.append(map_tensors(lambda x: x.detach().cpu(), o))
+    def after_loss(self, learn): self.own_loss = _field(learn.output, 'loss') is not None
+
+# %% ../nbs/50_learner.ipynb #87daca02
 @patch
-def get_preds(self:Learner)->tuple: # predictions (n, c) and targets (n,)
-    "What the model says to the validation data, and what was wanted."
-    collect = _Collect()
-    with self.with_cbs(collect): self.one_pass('valid')
-    return torch.cat(collect.preds), torch.cat(collect.targs)
+def get_preds(self:Learner,
+    dl=None,              # batches; those of `dls.valid` if not given
+    with_loss:bool=False, # the loss of each item as well?
+)->tuple:                 # predictions (n, c), targets (n,), and losses (n,) if wanted
+    "What the model says to the data, and what was wanted."
+    with self.aside(), self.with_cbs(collect := _Collect()): self.one_pass('valid', dl)
+    preds,targs = join(collect.preds),join(collect.targs)
+    return (preds, targs, self.item_losses(preds, targs, collect.own_loss)) if with_loss else (preds, targs)
+
+# %% ../nbs/50_learner.ipynb #b44833fd
+@patch
+@torch.no_grad()
+def item_losses(self:Learner,
+    preds, targs,       # from `get_preds`
+    own_loss:bool=False, # does the model compute its loss itself?
+)->Tensor:              # (n,)
+    "The loss of each item."
+    if own_loss: raise ValueError('get_preds: the model computes the loss of a batch itself; for that of each item give batches of one, '
+                                  'or a loss_func and what is its target')
+    def row(o, i): return map_tensors(lambda x: x[i:i+1], o)
+    wanted = targs if isinstance(targs, tuple) else (targs,)
+    return torch.stack([self.loss_func(row(preds, i), *row(wanted, i)) for i in range(batch_size(preds))])
+
+# %% ../nbs/50_learner.ipynb #38f0030f
+class _Loss(Callback):
+    "The mean loss of a validation pass, each batch by its rows"
+    order = -1
+    def before_valid(self, learn): self.sum,self.n = 0.,0
+    def after_loss(self, learn):
+        n = batch_size(learn.batch)
+        self.sum,self.n = self.sum + learn.loss.detach().double()*n,self.n + n
+    def cleanup_valid(self, learn):
+        if self.n: learn.row['valid_loss'] = (self.sum/self.n).item()
+
+# %% ../nbs/50_learner.ipynb #7b1b5caf
+@patch
+def validate(self:Learner,
+    dl=None, # batches; those of `dls.valid` if not given
+)->dict:     # `valid_loss`, and what the callbacks add to it
+    "How good the model is on data it does not learn from."
+    with self.aside(), self.with_cbs(_Loss()):
+        self.one_pass('valid', dl)
+        return self.row
+
+# %% ../nbs/50_learner.ipynb #f8aa10c1
+@patch
+def __repr__(self:Learner):
+    def acts(cb):
+        verbs = [f'in place of {v}' for v in VERBS if hasattr(type(cb), v)]
+        return ', '.join([e for e in EVENTS if hasattr(cb, e)] + verbs)
+    def batches(dl): return f'{len(dl):,}' if hasattr(dl, '__len__') else 'a stream of'
+    width = max((len(repr(cb)) for cb in self.cbs), default=0)
+    n = sum(p.numel() for p in self.model.parameters())
+    head = (f'Learner({type(self.model).__name__} of {n:,} parameters, {batches(self.dls.train)} batches to learn from and {batches(self.dls.valid)} to be judged by, '
+            f'{self.opt_func.__name__ if hasattr(self.opt_func, "__name__") else self.opt_func}, engine {self.engine_name})')
+    return '\n'.join([head, *(f'  {cb!r:{width}}  {acts(cb)}' for cb in self.cbs)])
