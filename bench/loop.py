@@ -93,8 +93,9 @@ def main():
                          f'{each[len(each)//4]:.3f}-{each[-1-len(each)//4]:.3f}', f'{aim:g}' if batches is dl else ''))
     head = ('model', 'data', 'by hand, µs a step', 'ours, µs a step', 'ours to by hand', 'middle half', 'aim')
     write('loop', 'The training loop against one written by hand', head, rows,
-          f'The same PyTorch model, optimizer (SGD) and batches for both, {torch.get_num_threads()} threads, float32, random images. Both have the mean loss and '
-          'the accuracy of every epoch, on a screen and in a file; ours also a progress bar with loss and speed, and the loss of every step. '
+          f'The same PyTorch model, optimizer (SGD) and batches for both, {torch.get_num_threads()} threads, float32, random images. '
+          'Both have the mean loss and the accuracy of every epoch, on a screen and in a file; '
+          'ours also a progress bar with loss and speed, and the loss of every step. '
           f'Medians over {args.repeats} turns, the ratio within each turn.')
 
 if __name__ == '__main__': main()

@@ -4,7 +4,7 @@
 
 # %% ../nbs/51_callbacks.ipynb #f8f7f0c4
 from __future__ import annotations
-import json, signal, sys, threading, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -210,6 +210,11 @@ class LogCB(Callback):
 
     def cleanup_epoch(self, learn):
         with self.path.open('a') as f: print(json.dumps(learn.row), file=f)
+
+    def state_dict(self): return dict(size=self.path.stat().st_size if self.path.exists() else 0)
+    def load_state_dict(self, state):
+        "Lines of epochs that will be done again go."
+        if self.path.exists() and self.path.stat().st_size > state['size']: os.truncate(self.path, state['size'])
 
     def __repr__(self): return f'LogCB({str(self.path)!r})'
 
