@@ -4,12 +4,13 @@
 
 # %% ../nbs/51_callbacks.ipynb #f8f7f0c4
 from __future__ import annotations
-import json, signal, sys, threading, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from .core import batch_size, default_device, to_device
-from .learner import Callback, CancelFitException, accuracy
-from .schedule import turn
+from .learner import Callback, CancelFitException, Learner, accuracy
+from .schedule import one_cycle, turn
 
 # %% auto #0
 __all__ = ['DeviceCB', 'MetricsCB', 'RecordCB', 'SchedCB', 'ScheduleFreeCB', 'table_row', 'table_head', 'ProgressCB', 'LogCB',
@@ -24,7 +25,7 @@ class DeviceCB(Callback):
     ): self.device = default_device() if device is None else torch.device(device)
 
     def before_train(self, learn): learn.model.to(self.device)
-    before_valid = before_train
+    before_fit = before_valid = before_train
     def before_batch(self, learn): learn.batch = to_device(learn.batch, self.device)
     def __repr__(self): return f'DeviceCB({str(self.device)!r})'
 
@@ -52,22 +53,29 @@ class MetricsCB(Callback):
         learn.row |= {f'{prefix}_{k}': v for k,v in zip(['loss', *self.metrics], means.tolist(), strict=True)}
     cleanup_valid = cleanup_train
 
+    def state_dict(self): return dict(values=torch.stack(self.values), sizes=self.sizes) if self.sizes else {}
+    def load_state_dict(self, state): self.values,self.sizes = list(state['values']),state['sizes']
     def __repr__(self): return f"MetricsCB({', '.join(self.metrics)})"
 
 # %% ../nbs/51_callbacks.ipynb #57d034af
 class RecordCB(Callback):
     "Each epoch's row into `learn.rows`, each training step's loss into `learn.losses`; `seconds` is the time of the epoch."
     order = 10
-    def before_fit(self, learn): self.losses,learn.losses = [],[]      # the tensors of this epoch, the numbers of the run
+    def before_fit(self, learn): self.losses,self.all = [],learn.losses = [],[]      # the tensors of this epoch, the numbers of the run
     def before_epoch(self, learn): self.start = time.perf_counter()
     def after_loss(self, learn):
         if learn.training: self.losses.append(learn.loss.detach())
 
     def cleanup_epoch(self, learn):
-        if self.losses: learn.losses += torch.stack(self.losses).tolist()
+        if self.losses: self.all += torch.stack(self.losses).tolist()
         self.losses = []
         learn.row['seconds'] = time.perf_counter() - self.start
         learn.rows.append(learn.row)
+
+    def state_dict(self):
+        return dict(losses=torch.tensor(self.losses), all=torch.tensor(self.all, dtype=torch.double), seconds=time.perf_counter() - self.start)
+    def load_state_dict(self, state):
+        self.losses,self.all[:],self.start = list(state['losses']),state['all'].tolist(),time.perf_counter() - state['seconds']
 
 # %% ../nbs/51_callbacks.ipynb #91b485fe
 class SchedCB(Callback):
@@ -81,6 +89,16 @@ class SchedCB(Callback):
         if learn.training: turn(learn.opt, learn.done, **self.scheds)
 
     def __repr__(self): return f"SchedCB({', '.join(self.scheds)})"
+
+# %% ../nbs/51_callbacks.ipynb #e16871c6
+@patch
+def fit_one_cycle(self:Learner,
+    epochs:int,    # times through the data
+    lr:float=None, # the highest rate, per step; the learner's own if not given
+    **kwargs,      # of `fit`
+):
+    "`fit` with a rate that goes up and down once."
+    with self.with_cbs(SchedCB(lr=one_cycle(self.lr if lr is None else lr))): self.fit(epochs, **kwargs)
 
 # %% ../nbs/51_callbacks.ipynb #f19e4c9e
 class ScheduleFreeCB(Callback):
@@ -130,7 +148,7 @@ class ProgressCB(Callback):
         if now-self.shown > .2:
             self.shown = now
             self.bar.set_postfix_str(f'loss {learn.loss.item():.3f}, {self.rows/(now-self.start):,.0f} rows/s', refresh=False)
-        self.bar.update()
+        self.bar.update(learn.iter + 1 - self.bar.n)
 
     def cleanup_epoch(self, learn):
         if self.bar is not None: self.bar.close()
@@ -149,7 +167,13 @@ class LogCB(Callback):
     ): self.path = Path(path)
 
     def cleanup_epoch(self, learn):
-        with self.path.open('a') as f: print(json.dumps(learn.row), file=f)
+        with self.path.open('a') as f:
+            print(json.dumps(learn.row), file=f, flush=True)
+            os.fsync(f.fileno())
+
+    def state_dict(self): return dict(size=self.path.stat().st_size if self.path.exists() else 0)
+    def load_state_dict(self, state):
+        if self.path.exists(): os.truncate(self.path, min(state['size'], self.path.stat().st_size))    # later lines come again
 
     def __repr__(self): return f'LogCB({str(self.path)!r})'
 
