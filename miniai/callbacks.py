@@ -53,29 +53,22 @@ class MetricsCB(Callback):
         learn.row |= {f'{prefix}_{k}': v for k,v in zip(['loss', *self.metrics], means.tolist(), strict=True)}
     cleanup_valid = cleanup_train
 
-    def state_dict(self): return dict(values=torch.stack(self.values), sizes=self.sizes) if self.sizes else {}
-    def load_state_dict(self, state): self.values,self.sizes = list(state['values']),state['sizes']
     def __repr__(self): return f"MetricsCB({', '.join(self.metrics)})"
 
 # %% ../nbs/51_callbacks.ipynb #57d034af
 class RecordCB(Callback):
     "Each epoch's row into `learn.rows`, each training step's loss into `learn.losses`; `seconds` is the time of the epoch."
     order = 10
-    def before_fit(self, learn): self.losses,self.all = [],learn.losses = [],[]      # the tensors of this epoch, the numbers of the run
+    def before_fit(self, learn): self.losses,learn.losses = [],[]      # the tensors of this epoch, the numbers of the run
     def before_epoch(self, learn): self.start = time.perf_counter()
     def after_loss(self, learn):
         if learn.training: self.losses.append(learn.loss.detach())
 
     def cleanup_epoch(self, learn):
-        if self.losses: self.all += torch.stack(self.losses).tolist()
+        if self.losses: learn.losses += torch.stack(self.losses).tolist()
         self.losses = []
         learn.row['seconds'] = time.perf_counter() - self.start
         learn.rows.append(learn.row)
-
-    def state_dict(self):
-        return dict(losses=torch.tensor(self.losses), all=torch.tensor(self.all, dtype=torch.double), seconds=time.perf_counter() - self.start)
-    def load_state_dict(self, state):
-        self.losses,self.all[:],self.start = list(state['losses']),state['all'].tolist(),time.perf_counter() - state['seconds']
 
 # %% ../nbs/51_callbacks.ipynb #91b485fe
 class SchedCB(Callback):
