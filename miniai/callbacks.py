@@ -10,8 +10,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .core import batch_size, default_device, map_tensors, to_device
-from .learner import Callback, CancelFitException, accuracy
-from .schedule import turn
+from .learner import Callback, CancelFitException, Learner, accuracy
+from .schedule import one_cycle, turn
 
 # %% auto #0
 __all__ = ['DeviceCB', 'MetricsCB', 'column', 'on_device', 'plain', 'RecordCB', 'SchedCB', 'ScheduleFreeCB', 'table_row',
@@ -26,7 +26,7 @@ class DeviceCB(Callback):
     ): self.device = default_device() if device is None else torch.device(device)
 
     def before_train(self, learn): learn.model.to(self.device)
-    before_valid = before_train
+    before_fit = before_valid = before_train
     def before_batch(self, learn): learn.batch = to_device(learn.batch, self.device)
     def __repr__(self): return f'DeviceCB({str(self.device)!r})'
 
@@ -142,6 +142,16 @@ class SchedCB(Callback):
 
     def __repr__(self): return f"SchedCB({', '.join(self.scheds)})"
 
+# %% ../nbs/51_callbacks.ipynb #e4dd8b7a
+@patch
+def fit_one_cycle(self:Learner,
+    epochs:int,    # times through the data
+    lr:float=None, # the highest rate, per step; the learner's own if not given
+    **kwargs,      # of `fit`
+):
+    "`fit` with a rate that goes up and down once."
+    with self.with_cbs(SchedCB(lr=one_cycle(self.lr if lr is None else lr))): self.fit(epochs, **kwargs)
+
 # %% ../nbs/51_callbacks.ipynb #f19e4c9e
 class ScheduleFreeCB(Callback):
     "The average of a schedule-free optimizer in the model, except while it trains."
@@ -190,7 +200,7 @@ class ProgressCB(Callback):
         if now-self.shown > .2:
             self.shown = now
             self.bar.set_postfix_str(f'loss {learn.loss.item():.3f}, {self.rows/(now-self.start):,.0f} rows/s', refresh=False)
-        self.bar.update()
+        self.bar.update(learn.iter + 1 - self.bar.n)
 
     def cleanup_epoch(self, learn):
         if self.bar is not None: self.bar.close()
@@ -209,12 +219,13 @@ class LogCB(Callback):
     ): self.path = Path(path)
 
     def cleanup_epoch(self, learn):
-        with self.path.open('a') as f: print(json.dumps(learn.row), file=f)
+        with self.path.open('a') as f:
+            print(json.dumps(learn.row), file=f, flush=True)
+            os.fsync(f.fileno())
 
     def state_dict(self): return dict(size=self.path.stat().st_size if self.path.exists() else 0)
     def load_state_dict(self, state):
-        "Lines of epochs that will be done again go."
-        if self.path.exists() and self.path.stat().st_size > state['size']: os.truncate(self.path, state['size'])
+        if self.path.exists(): os.truncate(self.path, min(state['size'], self.path.stat().st_size))    # later lines come again
 
     def __repr__(self): return f'LogCB({str(self.path)!r})'
 

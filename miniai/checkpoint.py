@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
+from .core import default_device
 from .learner import Callback, Learner
 
 # %% auto #0
@@ -46,8 +47,10 @@ def _path(*names): return '.'.join(str(n) for n in names if n != '')
 def _fold_tensor(x, where, tensors):
     if where in tensors: raise ValueError(f'checkpoint: two tensors have the name {where}')
     tensors[where] = copy = torch.empty(x.shape, dtype=x.dtype, device='cpu').copy_(x.detach())
-    stride = torch.empty_like(x, device='meta').stride()           # as a new tensor of this layout would have it
-    return {'$tensor': where} if stride == copy.stride() else {'$tensor': where, 'stride': list(stride)}
+    stride,plain = torch.empty_like(x, device='meta').stride(),{'$tensor': where}           # as a new tensor of this layout would have it
+    if stride != copy.stride(): plain['stride'] = list(stride)
+    if x.device.type != 'cpu': plain['device'] = str(x.device)
+    return plain
 
 # %% ../nbs/54_checkpoint.ipynb #c0b4b69b
 def unfold(
@@ -64,7 +67,14 @@ def unfold(
     if kind == '$tuple': return tuple(unfold(v, tensors))
     if kind == '$items': return {unfold(k, tensors): unfold(o, tensors) for k,o in v}
     x = tensors[v]
-    return x if 'stride' not in plain else torch.empty_strided(x.shape, plain['stride'], dtype=x.dtype).copy_(x)
+    if 'stride' in plain: x = torch.empty_strided(x.shape, plain['stride'], dtype=x.dtype).copy_(x)
+    return x.to(_device(plain.get('device', 'cpu')))
+
+# %% ../nbs/54_checkpoint.ipynb #62b7ac3a
+def _device(name):
+    "The device of that name, where there is one"
+    there = name.split(':')[0] in ('cpu', default_device().type)
+    return torch.device(name if there else 'cpu')
 
 # %% ../nbs/54_checkpoint.ipynb #6746ba34
 def chunks(
@@ -290,6 +300,7 @@ def snapshot(
     folded = {k: fold(v) for k,v in whole.items()}
     plain,tensors = ({k: o[i] for k,o in folded.items()} for i in (0, 1))
     return {'epoch': epoch, 'pass': name, 'batch': batch, 'epochs': learn.epochs, 'steps': learn.steps, 'opt': type(learn.opt).__name__,
+            'stopped': getattr(learn, 'stopped', False),
             'chance': chance(), 'generators': _drawn(learn.dls.train, learn.dls.valid), 'entry': learn.entry, **plain}, tensors
 
 def _jumps(dl): return all(hasattr(dl, o) for o in ('seek', 'state_dict', 'load_state_dict'))
@@ -346,7 +357,7 @@ class ResumeCB(Callback):
             raise CheckpointError(f'{self.checkpoint!r}: fit({learn.epochs}) has no such epoch; give the number of epochs of the whole run')
         if name not in learn.passes: raise CheckpointError(f'{self.checkpoint!r}, and this fit has no validation; leave valid=False out')
         if any(getattr(dl, 'persistent_workers', False) for dl in (learn.dls.train, learn.dls.valid)): _say(_KEPT)
-        learn.start = epoch,name
+        learn.start = (learn.epochs, 'train') if self.checkpoint.state['stopped'] else (epoch, name)
         if (name, batch) == ('train', 0): self.arrive(learn)
 
     def before_train(self, learn):

@@ -182,10 +182,10 @@ class AmpCB(Callback):
         if dtype not in HALVES: raise ValueError(f'AmpCB: there is no {dtype!r}{did_you_mean(str(dtype), HALVES)}')
         self.dtype,self.settings,self.scaler = dtype,scaler,None
 
-    def before_fit(self, learn): self.scaler = None
-    def before_train(self, learn):
-        self.device = next(learn.model.parameters()).device.type
-        if self.dtype == 'fp16' and self.scaler is None: self.scaler = torch.amp.GradScaler(self.device, **self.settings)
+    def before_fit(self, learn):
+        self.before_train(learn)
+        self.scaler = torch.amp.GradScaler(self.device, **self.settings) if self.dtype == 'fp16' else None
+    def before_train(self, learn): self.device = next(learn.model.parameters()).device.type
     before_valid = before_train
 
     def half(self): return torch.autocast(self.device, HALVES[self.dtype])
