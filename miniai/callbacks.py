@@ -8,13 +8,14 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from .core import batch_size, default_device, to_device
+from torch import Tensor
+from .core import batch_size, default_device, map_tensors, to_device
 from .learner import Callback, CancelFitException, Learner, accuracy
 from .schedule import one_cycle, turn
 
 # %% auto #0
-__all__ = ['DeviceCB', 'MetricsCB', 'RecordCB', 'SchedCB', 'ScheduleFreeCB', 'table_row', 'table_head', 'ProgressCB', 'LogCB',
-           'InterruptCB']
+__all__ = ['DeviceCB', 'MetricsCB', 'column', 'on_device', 'plain', 'RecordCB', 'SchedCB', 'ScheduleFreeCB', 'table_row',
+           'table_head', 'ProgressCB', 'LogCB', 'InterruptCB']
 
 # %% ../nbs/51_callbacks.ipynb #188a3c2e
 class DeviceCB(Callback):
@@ -32,43 +33,101 @@ class DeviceCB(Callback):
 # %% ../nbs/51_callbacks.ipynb #43feb160
 class MetricsCB(Callback):
     "Means over each pass, of the loss and of every metric, into `learn.row`."
-    def __init__(self,
-        **metrics, # `name=f`, with `f(preds, targ)` a number for a batch; accuracy when none is given
-    ): self.metrics = metrics or dict(accuracy=accuracy)
+    def __init__(self, *,
+        weight=None, # what a batch counts in the means: a function of the learner; its rows when not given
+        **metrics,   # `name=f`: `f(preds, targ)` a number for a batch, or an object with `update`, `compute`, `reset`; by default accuracy
+    ):
+        metrics = metrics or dict(accuracy=accuracy)
+        self.objects = {k: m for k,m in metrics.items() if hasattr(m, 'compute')}
+        self.functions = {k: f for k,f in metrics.items() if k not in self.objects}
+        self.names,self.weight = list(metrics),weight
+        for m in self.objects.values():
+            if hasattr(m, 'persistent'): m.persistent(True)        # torchmetrics: what it knows is part of its state
 
-    def before_train(self, learn): self.values,self.sizes = [],[]
+    def before_train(self, learn):
+        self.seen,self.values = {},{k: [] for k in ('weight', 'loss', *self.functions)}     # before a break, and since
+        for m in self.objects.values(): m.reset()
     before_valid = before_train
 
-    @torch.no_grad()
     def after_loss(self, learn):
-        values = learn.loss, *(f(learn.preds, learn.batch[-1]) for f in self.metrics.values())
-        self.values.append(torch.stack([torch.as_tensor(v, device=learn.loss.device).detach().float() for v in values]))
-        self.sizes.append(batch_size(learn.batch))
+        preds,targ = learn.preds,learn.targ
+        preds = preds.detach() if isinstance(preds, Tensor) else map_tensors(Tensor.detach, preds)
+        self.values['weight'].append(batch_size(learn.batch) if self.weight is None else self.weight(learn))
+        self.values['loss'].append(learn.loss.detach())
+        with torch.no_grad():
+            for k,f in self.functions.items(): self.values[k].append(f(preds, targ))
+            for m in self.objects.values(): on_device(m, preds).update(preds, targ)
+
+    def columns(self)->dict:
+        "Every batch's weight, loss and metrics so far."
+        new = {k: column(vs) for k,vs in self.values.items()}
+        return {k: torch.cat([self.seen[k], v]) if self.seen else v for k,v in new.items()}
 
     def cleanup_train(self, learn):
-        if not self.sizes: return
-        sizes = torch.tensor(self.sizes).double()
-        means = (torch.stack(self.values).cpu().double() * sizes[:, None]).sum(0) / sizes.sum()
-        prefix = 'train' if learn.training else 'valid'
-        learn.row |= {f'{prefix}_{k}': v for k,v in zip(['loss', *self.metrics], means.tolist(), strict=True)}
+        columns = self.columns()
+        weight,prefix = columns['weight'],'train' if learn.training else 'valid'
+        if not len(weight): return
+        def mean(k): return {k: ((columns[k]*weight).sum()/weight.sum()).item()}
+        for k in ('loss', *self.names):
+            found = plain(k, self.objects[k].compute()) if k in self.objects else mean(k)
+            learn.row |= {f'{prefix}_{name}': v for name,v in found.items()}
     cleanup_valid = cleanup_train
 
-    def __repr__(self): return f"MetricsCB({', '.join(self.metrics)})"
+    def __repr__(self): return f"MetricsCB({', '.join(self.names)})"
+
+# %% ../nbs/51_callbacks.ipynb #b155bb9e
+def column(vs)->Tensor:
+    "Numbers, or tensors of one number, as a column of doubles on the CPU, read all at once."
+    if vs and isinstance(vs[0], Tensor): return torch.stack(vs).cpu().double()
+    return torch.tensor(vs, dtype=torch.float64)
+
+def on_device(m, like):
+    "A metric that has tensors, where the predictions are."
+    return m.to(like.device) if hasattr(m, 'to') and isinstance(like, Tensor) else m
+
+def plain(name:str, value)->dict:
+    "What a metric computed as plain numbers by name: one, or several where it gives a dictionary or more than one number."
+    if isinstance(value, dict): return {f'{name}_{k}': o for k,v in value.items() for o in plain(k, v).values()}
+    value = value.tolist() if isinstance(value, Tensor) else value
+    return {f'{name}_{i}': v for i,v in enumerate(value)} if isinstance(value, list) else {name: value}
+
+# %% ../nbs/51_callbacks.ipynb #debc71b5
+@patch
+def state_dict(self:MetricsCB):
+    if not hasattr(self, 'values'): return {}
+    return dict(columns=self.columns(), objects={k: m.state_dict() for k,m in self.objects.items() if hasattr(m, 'state_dict')})
+
+@patch
+def load_state_dict(self:MetricsCB, state):
+    self.seen,self.values = state['columns'],{k: [] for k in state['columns']}
+    for k,saved in state['objects'].items(): self.objects[k].load_state_dict(saved)
 
 # %% ../nbs/51_callbacks.ipynb #57d034af
 class RecordCB(Callback):
     "Each epoch's row into `learn.rows`, each training step's loss into `learn.losses`; `seconds` is the time of the epoch."
     order = 10
-    def before_fit(self, learn): self.losses,learn.losses = [],[]      # the tensors of this epoch, the numbers of the run
+    def before_fit(self, learn):
+        self.waiting,self.losses = [],[]      # tensors that nobody has read yet, and numbers
+        learn.losses = self.losses
     def before_epoch(self, learn): self.start = time.perf_counter()
     def after_loss(self, learn):
-        if learn.training: self.losses.append(learn.loss.detach())
+        if learn.training: self.waiting.append(learn.loss.detach())
+
+    def read(self):
+        if self.waiting: self.losses += torch.stack(self.waiting).tolist()
+        self.waiting = []
 
     def cleanup_epoch(self, learn):
-        if self.losses: learn.losses += torch.stack(self.losses).tolist()
-        self.losses = []
+        self.read()
         learn.row['seconds'] = time.perf_counter() - self.start
         learn.rows.append(learn.row)
+
+    def state_dict(self):
+        if not hasattr(self, 'start'): return {}
+        self.read()
+        return dict(losses=torch.tensor(self.losses, dtype=torch.float64), seconds=time.perf_counter() - self.start)
+
+    def load_state_dict(self, state): self.losses[:],self.start = state['losses'].tolist(),time.perf_counter() - state['seconds']
 
 # %% ../nbs/51_callbacks.ipynb #91b485fe
 class SchedCB(Callback):
@@ -83,7 +142,7 @@ class SchedCB(Callback):
 
     def __repr__(self): return f"SchedCB({', '.join(self.scheds)})"
 
-# %% ../nbs/51_callbacks.ipynb #e16871c6
+# %% ../nbs/51_callbacks.ipynb #e4dd8b7a
 @patch
 def fit_one_cycle(self:Learner,
     epochs:int,    # times through the data

@@ -342,13 +342,9 @@ def lr_find(self:Learner,
     keep=('DeviceCB', 'AccumulateCB', 'AmpCB', 'ClipCB'), # names of the callbacks that take part
 )->LRFind:
     "Search for a learning rate; nothing of it stays behind."
-    known,state = dict(vars(self)),{k: x.clone() for k,x in self.model.state_dict().items()}
-    cbs,self.cbs = [cb for cb in self.cbs if type(cb).__name__ in keep],[]
-    search = _Search(lo, hi, steps, worse)
-    try:
-        with untouched(self.model): self.add_cbs([*cbs, search]).fit(steps, valid=False)
-    finally:
-        vars(self).clear()
-        vars(self).update(known)
-        self.model.load_state_dict(state)
+    state,search = {k: x.clone() for k,x in self.model.state_dict().items()},_Search(lo, hi, steps, worse)
+    with self.aside(), untouched(self.model):
+        cbs,self.cbs = [cb for cb in self.cbs if type(cb).__name__ in keep],[]
+        try: self.add_cbs([*cbs, search]).fit(steps, valid=False)
+        finally: self.model.load_state_dict(state)
     return LRFind(search.lrs, search.losses)
