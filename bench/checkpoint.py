@@ -2,6 +2,7 @@
 
     python bench/checkpoint.py [--repeats 15] [--small]     writes bench/results/checkpoint.md"""
 import argparse, os, statistics, tempfile, time
+from functools import partial
 from pathlib import Path
 import torch
 from miniai.checkpoint import CheckpointCB, newest, put_back
@@ -38,21 +39,17 @@ def measure(width, repeats):
     "Milliseconds of each, turn by turn"
     learn,found = trained(width),dict(waits=[], writes=[], save=[], through=[], reads=[])
     with tempfile.TemporaryDirectory(dir='.') as tmp:
-        cb = CheckpointCB(Path(tmp)/'run')
+        learn.add_cbs(cb := CheckpointCB(Path(tmp)/'run'))
         for i in range(repeats):
             cb.batches = i
             found['waits'].append(timed(lambda: cb.save(learn, 0, 'train', 1)))
             found['writes'].append(timed(cb.writer.wait))
             state = dict(model=learn.model.state_dict(), optimizer=learn.opt.state_dict())
-            found['save'].append(timed(lambda: torch.save(state, Path(tmp)/'theirs')))
-            found['through'].append(timed(lambda: through(Path(tmp)/'theirs', state)))
-            found['reads'].append(timed(lambda: put_back(learn_with(learn, cb), newest(cb.folder))))
+            found['save'].append(timed(partial(torch.save, state, Path(tmp)/'theirs')))
+            found['through'].append(timed(partial(through, Path(tmp)/'theirs', state)))
+            found['reads'].append(timed(lambda: put_back(learn, newest(cb.folder))))
         size = sum(p.stat().st_size for p in newest(cb.folder).folder.iterdir())
     return found,size,sum(p.numel() for p in learn.model.parameters())
-
-def learn_with(learn, cb):
-    if cb not in learn.cbs: learn.add_cbs(cb)
-    return learn
 
 def main():
     ap = argparse.ArgumentParser()
@@ -62,10 +59,13 @@ def main():
     rows = []
     for name in list(WIDTHS)[:1 if args.small else None]:
         found,size,n = measure(WIDTHS[name], args.repeats)
-        rows.append((f'{name}: {n:,}', f'{size/1e6:.1f}', *(f'{statistics.median(ts):.3g} ({min(ts):.3g}-{max(ts):.3g})' for ts in found.values())))
-    head = ('parameters', 'MB', 'training waits, ms', 'then written beside it, ms', 'torch.save, ms', '... through to the disk, ms', 'verified and read back, ms')
+        times = (f'{statistics.median(ts):.3g} ({min(ts):.3g}-{max(ts):.3g})' for ts in found.values())
+        rows.append((f'{name}: {n:,}', f'{size/1e6:.1f}', *times))
+    head = ('parameters', 'MB', 'training waits, ms', 'then written beside it, ms', 'torch.save, ms', '... through to the disk, ms',
+            'verified and read back, ms')
     write('checkpoint', 'What a checkpoint costs', head, rows,
-          'Medians, and the range. Weights, two moments of AdamW, generators and the rest. `torch.save` writes weights and moments as a pickle and leaves them to the '
-          "system's memory; in the next column it also waits for the disk and renames. Ours does, and makes and checks SHA-256 sums.")
+          'Medians, and the range. Weights, two moments of AdamW, generators and the rest. `torch.save` writes weights and moments as a '
+          "pickle and leaves them to the system's memory; in the next column it also waits for the disk and renames. Ours does, and makes and "
+          'checks SHA-256 sums.')
 
 if __name__ == '__main__': main()

@@ -93,8 +93,8 @@ def chunks(
     for x in tensors.values(): yield x.flatten().view(torch.uint8).numpy()
 
 _DTYPES = {getattr(torch, k): v for k,v in dict(
-    float64='F64', float32='F32', float16='F16', bfloat16='BF16', int64='I64', int32='I32', int16='I16', int8='I8', uint64='U64', uint32='U32',
-    uint16='U16', uint8='U8', bool='BOOL', float8_e4m3fn='F8_E4M3', float8_e5m2='F8_E5M2').items()}
+    float64='F64', float32='F32', float16='F16', bfloat16='BF16', int64='I64', int32='I32', int16='I16', int8='I8',
+    uint64='U64', uint32='U32', uint16='U16', uint8='U8', bool='BOOL', float8_e4m3fn='F8_E4M3', float8_e5m2='F8_E5M2').items()}
 
 # %% ../nbs/54_checkpoint.ipynb #bf67c335
 def write_file(
@@ -199,7 +199,8 @@ def _read_state(folder):
         if whole['version'] != VERSION: raise CheckpointError(_version(path, whole['version']))
         if _seal(json.dumps(whole['state'])) != whole['sha256']: raise CheckpointError(f'{path} is not as it was written: it is damaged')
     except CheckpointError: raise
-    except Exception as e: raise CheckpointError(f'{path} cannot be read, it is torn or from another program: {e or type(e).__name__}') from e
+    except Exception as e:
+        raise CheckpointError(f'{path} cannot be read, it is torn or from another program: {e or type(e).__name__}') from e
     return whole['state']
 
 def _version(path, version):
@@ -256,7 +257,8 @@ def chance()->dict: # plain values
     "The state of all global generators."
     version,words,gauss = random.getstate()
     name,keys,*rest = np.random.get_state()  # noqa: NPY002  the global generator is the very thing to keep
-    state = dict(python=[version, _hex(np.array(words, np.uint32)), gauss], numpy=[name, _hex(keys), *rest], torch=_hex(torch.get_rng_state()))
+    state = dict(python=[version, _hex(np.array(words, np.uint32)), gauss], numpy=[name, _hex(keys), *rest],
+                 torch=_hex(torch.get_rng_state()))
     if torch.cuda.is_available() and torch.cuda.is_initialized(): state['cuda'] = [_hex(o) for o in torch.cuda.get_rng_state_all()]
     if torch.backends.mps.is_available(): state['mps'] = _hex(torch.mps.get_rng_state())
     return state
@@ -338,9 +340,11 @@ def put_back(
 # %% ../nbs/54_checkpoint.ipynb #703ecbd7
 def _check_same(learn, checkpoint, missing):
     opt,was = type(learn.opt).__name__,checkpoint.state['opt']
-    if opt != was: raise CheckpointError(f'{checkpoint.folder} was made with the optimizer {was}, this learner has {opt}; give opt_func={was}')
-    if missing: raise CheckpointError(f'{checkpoint.folder} has the state of {", ".join(sorted(missing))}, and this learner has no such callback; '
-                                      'make the learner as it was')
+    if opt != was:
+        raise CheckpointError(f'{checkpoint.folder} was made with the optimizer {was}, this learner has {opt}; give opt_func={was}')
+    if missing:
+        raise CheckpointError(f'{checkpoint.folder} has the state of {", ".join(sorted(missing))}, and this learner has no such callback; '
+                              'make the learner as it was')
 
 def _give_gradients(model, gradients):
     for k,p in model.named_parameters(): p.grad = gradients[k].to(p.device) if k in gradients else None
@@ -363,7 +367,8 @@ class ResumeCB(Callback):
     def before_train(self, learn):
         if not self.waits: return
         learn.first,state = self.checkpoint.place[2],self.checkpoint.part('loader')
-        if (state is None) == _jumps(learn.dl): raise CheckpointError(f'{self.checkpoint.folder} was made with another kind of loader than {learn.dl!r}')
+        if (state is None) == _jumps(learn.dl):
+            raise CheckpointError(f'{self.checkpoint.folder} was made with another kind of loader than {learn.dl!r}')
         if state is None: learn.dl = _Again(self, learn)
         else:
             jump(learn.dl, state, learn.epoch)
@@ -479,7 +484,7 @@ def _due(self:CheckpointCB, learn):
 @patch
 def terminate(self:CheckpointCB, *_):
     "SIGTERM: the batch is finished first"
-    signal.signal(signal.SIGTERM, self.handler)
+    if self.handler is not None: signal.signal(signal.SIGTERM, self.handler)
     self.told = True
 
 # %% ../nbs/54_checkpoint.ipynb #c4b39eae
@@ -532,8 +537,8 @@ def _clear(self:CheckpointCB, learn):
     taken = next((cb.checkpoint.folder for cb in learn.cbs if isinstance(cb, ResumeCB)), None)
     here = [o for o in there if taken is not None and o.samefile(taken)]
     if there and not here:
-        raise CheckpointError(f'{self.folder} holds checkpoints of a run, the newest is {there[0].name}: go on with fit(..., resume={str(self.folder)!r}), '
-                              'or take another folder')
+        raise CheckpointError(f'{self.folder} holds checkpoints of a run, the newest is {there[0].name}: '
+                              f'go on with fit(..., resume={str(self.folder)!r}), or take another folder')
     for o in there[:there.index(here[0])] if here else []:
         shutil.rmtree(o.with_name(o.name + '.aside'), ignore_errors=True)
         o.rename(o.with_name(o.name + '.aside'))

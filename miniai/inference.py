@@ -56,7 +56,8 @@ class _Pick(Callback):
         n = batch_size(learn.preds)
         inputs = map_tensors(lambda x: x.detach().cpu(), learn.batch)
         first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs[0]
-        items = Items(torch.arange(self.n, self.n+n), first, learn.preds.cpu(), learn.targ.cpu(), learn.item_losses(learn.preds, learn.targ).cpu())
+        losses = learn.item_losses(learn.preds, learn.targ).cpu()
+        items = Items(torch.arange(self.n, self.n+n), first, learn.preds.cpu(), learn.targ.cpu(), losses)
         self.n += n
         if self.kept is not None: items = Items(*(torch.cat(both) for both in zip(self.kept, items, strict=True)))
         best = self.key(items).argsort(descending=True, stable=True)[:self.k]
@@ -101,10 +102,13 @@ def show_results(self:Learner,
 # %% ../nbs/56_inference.ipynb #76562ac7
 def _table(items, names):
     "A line for each item"
-    def word(k): return f'{k:.4g}' if isinstance(k, float) else str(k if names is None else names[k])
+    def word(k):
+        if isinstance(k, list): return ' '.join(f'{o:.4g}' for o in k)
+        return f'{k:.4g}' if isinstance(k, float) else str(k if names is None else names[k])
     classes = items.preds.ndim == 2 and not items.targs.is_floating_point()
-    said = [word(k) for k in items.preds.argmax(1).tolist()] if classes else [word(o) if isinstance(o, float) else str(o) for o in items.preds.tolist()]
-    lines = [('row', 'said', 'is', 'loss'), *zip(map(str, items.rows.tolist()), said, map(word, items.targs.tolist()), (f'{o:.4f}' for o in items.losses.tolist()), strict=True)]
+    said,losses = items.preds.argmax(1) if classes else items.preds,(f'{o:.4f}' for o in items.losses.tolist())
+    lines = [('row', 'said', 'is', 'loss'),
+             *zip(map(str, items.rows.tolist()), map(word, said.tolist()), map(word, items.targs.tolist()), losses, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return '\n'.join('  '.join(o.rjust(w) for o,w in zip(line, widths, strict=True)) for line in lines)
 
@@ -135,7 +139,8 @@ def read_model(path)->dict: # tensors by name
     path = Path(path)
     if path.is_dir(): return Checkpoint(path).tensors('model')
     if not path.is_file(): raise CheckpointError(f'there is no file {path}')
-    if is_pickle(path): raise CheckpointError(f'{path} is a pickle, which can run any code when it is read: it was not opened; convert it with safetensors')
+    if is_pickle(path):
+        raise CheckpointError(f'{path} is a pickle, which can run any code when it is read: it was not opened; convert it with safetensors')
     try: return load_file(path)
     except Exception as e: raise CheckpointError(f'{path} cannot be read: {e}') from e
 
@@ -147,7 +152,8 @@ def export(self:Learner,
 ):
     "The model as an ONNX file, for any number of rows."
     missing = [o for o in ('onnx', 'onnxscript') if find_spec(o) is None]
-    if missing: raise ImportError(f"export: PyTorch writes ONNX with {' and '.join(missing)}, which is not installed: pip install 'miniai-torch[onnx]'")
+    if missing:
+        raise ImportError(f"export: PyTorch writes ONNX with {' and '.join(missing)}, not installed here: pip install 'miniai-torch[onnx]'")
     args,kwargs,_ = parts(next(iter(self.dls.valid)) if batch is None else batch, self.target)
     p = next(self.model.parameters())
     args,kwargs = map_tensors(lambda x: x.to(p.device), (tuple(args), kwargs))

@@ -370,8 +370,8 @@ def __repr__(self:Learner):
         verbs = [f'in place of {v}' for v in VERBS if hasattr(type(cb), v)]
         return ', '.join([e for e in EVENTS if hasattr(cb, e)] + verbs)
     def batches(dl): return f'{len(dl):,}' if hasattr(dl, '__len__') else 'a stream of'
+    n,opt = sum(p.numel() for p in self.model.parameters()),getattr(self.opt_func, 'func', self.opt_func)
+    head = (f'Learner({type(self.model).__name__} of {n:,} parameters, {getattr(opt, "__name__", opt)}, engine {self.engine_name}, '
+            f'{batches(self.dls.train)} batches to learn from, {batches(self.dls.valid)} to be judged by)')
     width = max((len(repr(cb)) for cb in self.cbs), default=0)
-    n = sum(p.numel() for p in self.model.parameters())
-    head = (f'Learner({type(self.model).__name__} of {n:,} parameters, {batches(self.dls.train)} batches to learn from and {batches(self.dls.valid)} to be judged by, '
-            f'{self.opt_func.__name__ if hasattr(self.opt_func, "__name__") else self.opt_func}, engine {self.engine_name})')
     return '\n'.join([head, *(f'  {cb!r:{width}}  {acts(cb)}' for cb in self.cbs)])

@@ -3,9 +3,8 @@ import json, os, signal, subprocess, sys, threading
 from itertools import product
 import pytest, torch
 from miniai import nn, optim
-from miniai.callbacks import MetricsCB, SchedCB
-from miniai.checkpoint import (Checkpoint, CheckpointCB, CheckpointError, best_checkpoint, checkpoints, chunks, fold, newest, open_checkpoint,
-                               unfold, write_checkpoint)
+from miniai.callbacks import SchedCB
+from miniai.checkpoint import CheckpointCB, CheckpointError, best_checkpoint, checkpoints, chunks, fold, newest, open_checkpoint, unfold
 from miniai.data import Dataset, MapDataset
 from miniai.datasets import DataLoaders
 from miniai.learner import Callback, Learner
