@@ -128,7 +128,8 @@ class EMACB(Callback):
 
     def before_fit(self, learn): self.t,self.average = 0,None
     def before_train(self, learn):
-        if self.average is None: self.average = {k: x.detach().clone() for k,x in held(learn.model).items()}
+        kept,now = self.average or {},held(learn.model)
+        self.average = {k: kept[k].to(x.device) if k in kept else x.detach().clone() for k,x in now.items()}
 
     @torch.no_grad()
     def step(self, learn, do):
@@ -161,8 +162,8 @@ class EMACB(Callback):
 
     def state_dict(self): return {} if self.average is None else dict(t=self.t, average=self.average)
     def load_state_dict(self, state):
-        device = {k: x.device for k,x in (self.average or {}).items()}
-        self.t,self.average = state['t'],{k: x.to(device.get(k, x.device), copy=True) for k,x in state['average'].items()}
+        here = self.average or state['average']
+        self.t,self.average = state['t'],{k: x.to(here[k].device, copy=True) for k,x in state['average'].items()}
     def __repr__(self): return f'EMACB({self.decay:g})'
 
 def held(model)->dict:
