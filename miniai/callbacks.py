@@ -15,7 +15,7 @@ from .schedule import one_cycle, turn
 
 # %% auto #0
 __all__ = ['DeviceCB', 'MetricsCB', 'column', 'on_device', 'plain', 'RecordCB', 'SchedCB', 'ScheduleFreeCB', 'table_row',
-           'table_head', 'ProgressCB', 'LogCB', 'InterruptCB']
+           'table_head', 'ProgressCB', 'add_lines', 'LogCB', 'InterruptCB']
 
 # %% ../nbs/51_callbacks.ipynb #188a3c2e
 class DeviceCB(Callback):
@@ -211,6 +211,22 @@ class ProgressCB(Callback):
         print(table_row(row), file=self.out, flush=True)
 
 # %% ../nbs/51_callbacks.ipynb #80781fe1
+def add_lines(
+    path,       # of a file
+    lines:list,
+):
+    "Lines at the end of a file: all of them, or none and an error."
+    data = ''.join(f'{o}\n' for o in lines).encode()
+    with open(path, 'ab', buffering=0) as f:
+        start = f.tell()
+        try:
+            if f.write(data) < len(data): raise OSError('the disk is full')
+            os.fsync(f.fileno())
+        except OSError:
+            f.truncate(start)
+            raise
+
+# %% ../nbs/51_callbacks.ipynb #34a6a493
 class LogCB(Callback):
     "Each epoch's row as a line of JSON in a file."
     order = 20
@@ -218,13 +234,16 @@ class LogCB(Callback):
         path, # of the file; lines are added to what is there
     ): self.path = Path(path)
 
+    def before_fit(self, learn): self.waiting = []
     def cleanup_epoch(self, learn):
-        with self.path.open('a') as f:
-            print(json.dumps(learn.row), file=f, flush=True)
-            os.fsync(f.fileno())
+        self.waiting.append(json.dumps(learn.row))
+        try: add_lines(self.path, self.waiting)
+        except OSError as e: print(f'miniai: {self.path} was not written ({e}); its line comes with the next', file=sys.stderr)
+        else: self.waiting = []
 
-    def state_dict(self): return dict(size=self.path.stat().st_size if self.path.exists() else 0)
+    def state_dict(self): return dict(size=self.path.stat().st_size if self.path.exists() else 0, waiting=self.waiting)
     def load_state_dict(self, state):
+        self.waiting = state['waiting']
         if self.path.exists(): os.truncate(self.path, min(state['size'], self.path.stat().st_size))    # later lines come again
 
     def __repr__(self): return f'LogCB({str(self.path)!r})'

@@ -298,7 +298,7 @@ def snapshot(
     "All that the rest of a run depends on."
     whole = dict(model=learn.model.state_dict(), optimizer=learn.opt.state_dict(), callbacks=_states(learn),
                  gradients={k: p.grad for k,p in learn.model.named_parameters() if p.grad is not None},
-                 loader=learn.dl.state_dict() if _jumps(learn.dl) else None, row=learn.row, rows=learn.rows)
+                 loader=learn.dl.state_dict() if batch and _jumps(learn.dl) else None, row=learn.row, rows=learn.rows)
     folded = {k: fold(v) for k,v in whole.items()}
     plain,tensors = ({k: o[i] for k,o in folded.items()} for i in (0, 1))
     return {'epoch': epoch, 'pass': name, 'batch': batch, 'epochs': learn.epochs, 'steps': learn.steps, 'opt': type(learn.opt).__name__,
@@ -445,8 +445,7 @@ class CheckpointCB(Callback):
 
     def before_fit(self, learn):
         self.batches,self.told,self.epoch_done,self.saved_at = 0,False,False,time.monotonic()
-        learn.entry = None
-        self._clear(learn)
+        learn.entry,self.fresh = None,self._clear(learn)
         if threading.current_thread() is threading.main_thread(): self.handler = signal.signal(signal.SIGTERM, self.terminate)
 
     def before_train(self, learn):
@@ -459,7 +458,13 @@ class CheckpointCB(Callback):
         if self._due(learn): self.save(learn, learn.epoch, 'train' if learn.training else 'valid', learn.iter + 1)
         if self.told: self._leave(learn)
 
-    def before_epoch(self, learn): self.epoch_done = False
+    def before_epoch(self, learn):
+        self.epoch_done = False
+        if self.fresh:
+            self.save(learn, learn.epoch, 'train', 0)
+            self.writer.wait()
+        self.fresh = False
+
     def after_epoch(self, learn): self.epoch_done = True
     def cleanup_epoch(self, learn):
         if self.epoch_done: self.save(learn, learn.epoch + 1, 'train', 0)
@@ -530,7 +535,7 @@ def _leave(self:CheckpointCB, learn):
 # %% ../nbs/54_checkpoint.ipynb #9e44a662
 @patch
 def _clear(self:CheckpointCB, learn):
-    "Make room for this run, and for no other"
+    "Make room for this run, and for no other; is it a new one?"
     self.folder.mkdir(parents=True, exist_ok=True)
     for o in self.folder.glob('checkpoint-*.part'): shutil.rmtree(o)
     there = checkpoints(self.folder)
@@ -542,6 +547,7 @@ def _clear(self:CheckpointCB, learn):
     for o in there[:there.index(here[0])] if here else []:
         shutil.rmtree(o.with_name(o.name + '.aside'), ignore_errors=True)
         o.rename(o.with_name(o.name + '.aside'))
+    return taken is None
 
 # %% ../nbs/54_checkpoint.ipynb #cf6af789
 def best_checkpoint(

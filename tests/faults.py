@@ -4,18 +4,24 @@
 
 Each life is a process that ends by SIGKILL: at a random moment, or at a random step of writing a checkpoint (between two pieces of a
 file, before or after an fsync, a rename, a removal).  Then the next one takes the run up.  What is compared, to the bit, with a run of
-one life: weights, buffers, the loss of every batch, the rows of every epoch, and the number of steps."""
+one life: weights, buffers, the loss of every batch, the rows of every epoch and the lines of the log, and the number of steps."""
 import os, random, shutil, signal, sys, tempfile, time
 from pathlib import Path
 import torch
 from miniai import checkpoint, optim
-from miniai.checkpoint import CheckpointCB, checkpoints
+from miniai.callbacks import LogCB
+from miniai.checkpoint import CheckpointCB
 from miniai.learner import Callback
-from test_checkpoint import Average, Lottery, Window, new, ours, ours_by_rows, result, same, torchs
+from miniai.training import AccumulateCB, AmpCB, EMACB
+from test_checkpoint import Lottery, new, ours, ours_by_rows, result, same, torchs
 
-RUNS = {'torch, AdamW, 2 workers, windows, average': dict(cbs=(Window, Average, Lottery), loader=ours_by_rows(num_workers=2)),
-        'tape, flat AdamW, augmentation, average':   dict(cbs=(Average, Lottery), engine='tape', loader=ours(), opt=lambda ps, lr: optim.AdamW(ps, lr=lr, flat=True)),
-        "torch, PyTorch's loader and optimizer":     dict(cbs=(Window,), loader=torchs(), opt=torch.optim.AdamW)}
+RUNS = {
+    'torch, AdamW, 2 workers, accumulation, average, bf16': dict(
+        cbs=lambda: [AccumulateCB(4), EMACB(.9), AmpCB('bf16'), Lottery()], loader=ours_by_rows(num_workers=2)),
+    'tape, flat AdamW, augmentation, average': dict(
+        cbs=lambda: [EMACB(.9), Lottery()], engine='tape', loader=ours(), opt=lambda ps, lr: optim.AdamW(ps, lr=lr, flat=True)),
+    "torch, PyTorch's loader and optimizer, accumulation, fp16": dict(
+        cbs=lambda: [AccumulateCB(4), AmpCB('fp16', init_scale=2.**40, growth_interval=2)], loader=torchs(), opt=torch.optim.AdamW)}
 EPOCHS = 6
 
 class Slow(Callback):
@@ -45,7 +51,7 @@ def live(run, cbs, step=None, **kw):
     "One life of the run, from where it is to its end"
     torch.manual_seed(11)
     if step: suicide(step)
-    learn = new(None, *(cb() for cb in cbs), Slow(), CheckpointCB(run, every=2), **kw)
+    learn = new(None, *cbs(), Slow(), CheckpointCB(run, every=2), LogCB(run.parent/f'{run.name}.jsonl'), **kw)
     learn.fit(EPOCHS, resume=True)
     torch.save(result(learn), run/'result.part')
     os.replace(run/'result.part', run/'result.pt')
@@ -85,17 +91,19 @@ def many_lives(folder, kills, dice, **kw):
         else:          died = ended(kill(born(run, step=dice.randrange(1, 120), **kw), 1e9))
         killed += died
         within += died and torn(run)
-        if not died: shutil.move(run, folder/f'ended-{killed}')          # it came to its end before it was killed: again from the beginning
+        if not died:                                    # it came to its end before it was killed: again from the beginning
+            shutil.move(run, folder/f'ended-{killed}')
+            os.remove(f'{run}.jsonl')
     ended(kill(born(run, **kw), 1e9))
     for o in [run, *folder.glob('ended-*')]: same(torch.load(o/'result.pt'), torch.load(folder/'whole/result.pt'))
-    return within, [o.name for o in checkpoints(run)]
+    return within
 
 def main(kills=20, seed=0):
     sys.path.insert(0, str(Path(__file__).parent))
     dice = random.Random(int(seed))
     for name,kw in RUNS.items():
         with tempfile.TemporaryDirectory() as tmp:
-            within,_ = many_lives(Path(tmp), int(kills), dice, **kw)
+            within = many_lives(Path(tmp), int(kills), dice, **kw)
             print(f'{name}: killed {kills} times, {within} of them in the middle of a checkpoint; equal to the bit', flush=True)
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -3,13 +3,14 @@ import json, os, signal, subprocess, sys, threading
 from itertools import product
 import pytest, torch
 from miniai import nn, optim
-from miniai.callbacks import SchedCB
+from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, RecordCB, SchedCB, ScheduleFreeCB
 from miniai.checkpoint import CheckpointCB, CheckpointError, best_checkpoint, checkpoints, chunks, fold, newest, open_checkpoint, unfold
 from miniai.data import Dataset, MapDataset
 from miniai.datasets import DataLoaders
 from miniai.learner import Callback, Learner
 from miniai.loader import DataLoader
 from miniai.schedule import one_cycle
+from miniai.training import AccumulateCB, AmpCB, ClipCB, EarlyStopCB, EMACB
 
 N, BS, EPOCHS = 90, 16, 3            # 6 batches of training (the last one short), 3 of validation
 TRAIN, VALID = 6, 3
@@ -41,43 +42,7 @@ class Lottery(Callback):
     def before_batch(self, learn):
         if learn.training: learn.batch = (learn.batch[0] + .1*torch.randn(()), *learn.batch[1:])
 
-class Window(Callback):
-    "A step after every 4 batches: the gradients of a window cross its end"
-    count = 0
-    def before_fit(self, learn): self.count = 0
-    def step(self, learn, do):
-        self.count += 1
-        if self.count % 4 == 0: do()
-    def zero_grad(self, learn, do):
-        if self.count % 4 == 0: do()
-    def state_dict(self): return dict(count=self.count)
-    def load_state_dict(self, state): self.count = state['count']
-
-class Average(Callback):
-    "A mean of the weights, which validation sees"
-    def before_fit(self, learn): self.mean,self.kept = [p.detach().clone() for p in learn.model.parameters()],None
-    def after_step(self, learn): torch._foreach_lerp_(self.mean, [p.detach() for p in learn.model.parameters()], .1)
-    def before_valid(self, learn): self.kept = self.swap(learn, self.mean)
-    def cleanup_valid(self, learn): self.kept = self.swap(learn, self.kept) and None
-    def swap(self, learn, new):
-        ps = list(learn.model.parameters())
-        old = [p.detach().clone() for p in ps]
-        with torch.no_grad(): torch._foreach_copy_(ps, new)
-        return old
-    def state_dict(self): return dict(mean=self.mean, kept=self.kept)
-    def load_state_dict(self, state): self.mean,self.kept = state['mean'],state['kept']
-
-class Trace(Callback):
-    "The loss of every training batch, the rows of every epoch"
-    order = 10
-    def before_fit(self, learn): self.losses,self.rows,self.sums = [],[],[0., 0.]
-    def before_epoch(self, learn): self.sums = [0., 0.]
-    def after_loss(self, learn):
-        self.sums[not learn.training] += learn.loss.item()
-        if learn.training: self.losses.append(learn.loss.item())
-    def cleanup_epoch(self, learn): self.rows.append(dict(epoch=learn.epoch, train=self.sums[0], valid_loss=self.sums[1]))
-    def state_dict(self): return dict(losses=self.losses, rows=self.rows, sums=self.sums)
-    def load_state_dict(self, state): self.losses,self.rows,self.sums = state['losses'],state['rows'],state['sums']
+def saver(learn): return next(cb for cb in learn.cbs if isinstance(cb, CheckpointCB))
 
 class Stop(Callback):
     "An end without warning after the batch `n` of the run, training and validation counted together"
@@ -90,12 +55,16 @@ class Stop(Callback):
 def new(run=None, *cbs, engine='torch', opt=lambda ps, lr: optim.AdamW(ps, lr=lr), loader=ours(), every=1, **kw):
     ds = images(N, 0), images(70, 1)
     dls = DataLoaders(loader(ds[0], True), loader(ds[1], False))
-    saves = [CheckpointCB(run, every=every, minutes=1e-9, **kw)] if run else []
-    return Learner(model(), dls, opt_func=opt, lr=.01, engine=engine, cbs=[SchedCB(lr=one_cycle(.01)), Trace(), *cbs, *saves])
+    saves = [CheckpointCB(run, every=every, minutes=1e-9, **kw), LogCB(run.parent/f'{run.name}.jsonl')] if run else []
+    return Learner(model(), dls, opt_func=opt, lr=.01, engine=engine,
+                   cbs=[DeviceCB('cpu'), SchedCB(lr=one_cycle(.01)), MetricsCB(), RecordCB(), *cbs, *saves])
+
+def timeless(rows): return [{k: v for k,v in row.items() if k != 'seconds'} for row in rows]
 
 def result(learn):
-    trace = next(cb for cb in learn.cbs if isinstance(cb, Trace))
-    return {**{k: v.clone() for k,v in learn.model.state_dict().items()}, 'losses': trace.losses, 'rows': trace.rows, 'steps': learn.steps}
+    logs = [[json.loads(line) for line in cb.path.read_text().splitlines()] for cb in learn.cbs if isinstance(cb, LogCB)]
+    return {**{k: v.clone() for k,v in learn.model.state_dict().items()}, 'losses': list(learn.losses), 'rows': timeless(learn.rows),
+            'log': timeless(logs[0] if logs else learn.rows), 'steps': learn.steps}
 
 def same(a, b):
     assert a.keys() == b.keys()
@@ -103,16 +72,18 @@ def same(a, b):
         if isinstance(a[k], torch.Tensor): torch.testing.assert_close(a[k], b[k], rtol=0, atol=0, equal_nan=True)
         else: assert a[k] == b[k], k
 
-def undisturbed(*cbs, **kw):
+def none(): return []
+
+def undisturbed(cbs=none, **kw):
     torch.manual_seed(11)
-    learn = new(None, *cbs, **kw)
+    learn = new(None, *cbs(), **kw)
     learn.fit(EPOCHS)
     return result(learn)
 
-def disturbed(run, stops, *cbs, **kw):
+def disturbed(run, stops, cbs=none, **kw):
     torch.manual_seed(11)
     for stop in [*stops, None]:
-        learn = new(run, *cbs, *([Stop(stop)] if stop else []), **kw)
+        learn = new(run, *cbs(), *([Stop(stop)] if stop else []), **kw)
         try: learn.fit(EPOCHS, resume=True)
         except KeyboardInterrupt: torch.rand(5)
     return result(learn)
@@ -120,22 +91,26 @@ def disturbed(run, stops, *cbs, **kw):
 PLACES = {'first batch': [1], 'mid-epoch': [3], 'last batch of training': [TRAIN], 'in validation': [TRAIN+2], 'end of validation': [TRAIN+VALID],
           'second epoch': [TRAIN+VALID+2], 'again and again': [2, 4, 3, 5]}
 OPTS = {'AdamW': lambda ps, lr: optim.AdamW(ps, lr=lr), 'flat AdamW': lambda ps, lr: optim.AdamW(ps, lr=lr, flat=True),
-        'flat SGD': lambda ps, lr: optim.SGD(ps, lr=lr, momentum=.9, flat=True), "PyTorch's AdamW": torch.optim.AdamW, "PyTorch's fused": lambda ps, lr: torch.optim.AdamW(ps, lr=lr, fused=True)}
+        'flat SGD': lambda ps, lr: optim.SGD(ps, lr=lr, momentum=.9, flat=True), 'schedule-free': lambda ps, lr: optim.ScheduleFreeAdamW(ps, lr=lr),
+        "PyTorch's AdamW": torch.optim.AdamW, "PyTorch's fused": lambda ps, lr: torch.optim.AdamW(ps, lr=lr, fused=True)}
 LOADERS = {'ours': ours(), 'ours, 2 workers': ours_by_rows(num_workers=2), 'ours, rows that draw': ours_by_rows(), 'drop_last': lambda ds, train: DataLoader(ds, BS, shuffle=train, drop_last=True),
            "PyTorch's": torchs(), "PyTorch's with its own generator": own_generator(), "PyTorch's, 2 workers": rows_of_torchs(num_workers=2), "PyTorch's, rows that draw": rows_of_torchs(),
            'a list': lambda ds, train: [ds[i:i+BS] for i in range(0, len(ds), BS)]}
 
+CALLBACKS = [lambda: [Lottery(), AccumulateCB(4), ClipCB(1.), EMACB(.9), AmpCB('bf16')], lambda: [AccumulateCB(4), AmpCB('fp16', init_scale=2.**40, growth_interval=2)]]
+
 @pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize('engine', ['torch', 'tape'])
 def test_stopped_anywhere_on_either_engine(place, engine, tmp_path):
-    cbs = Lottery, Window, Average
-    same(disturbed(tmp_path/'r', PLACES[place], *(cb() for cb in cbs), engine=engine), undisturbed(*(cb() for cb in cbs), engine=engine))
+    for i,cbs in enumerate(CALLBACKS):
+        same(disturbed(tmp_path/str(i), PLACES[place], cbs=cbs, engine=engine), undisturbed(cbs=cbs, engine=engine))
 
 @pytest.mark.parametrize('opt', OPTS)
 def test_with_any_optimizer(opt, tmp_path):
     for i,(engine,every) in enumerate(product(('torch', 'tape'), (1, 4))):
         kw = dict(engine=engine, opt=OPTS[opt])
-        same(disturbed(tmp_path/str(i), [5, 9, 1], Average(), every=every, **kw), undisturbed(Average(), **kw))
+        cbs = (lambda: [ScheduleFreeCB()]) if 'free' in opt else (lambda: [EMACB(.9)])
+        same(disturbed(tmp_path/str(i), [5, 9, 1], cbs=cbs, every=every, **kw), undisturbed(cbs=cbs, **kw))
 
 @pytest.mark.parametrize('loader', LOADERS)
 def test_with_any_loader(loader, tmp_path):
@@ -191,7 +166,7 @@ def test_a_checkpoint_opens_elsewhere(tmp_path):
     state = load_file(newest(tmp_path/'r').folder/'model.safetensors')
     assert state.keys() == learn.model.state_dict().keys()
     model().load_state_dict(state)
-    assert not [o for o in tmp_path.rglob('*') if o.is_file() and o.suffix not in ('.json', '.safetensors')]
+    assert not [o for o in (tmp_path/'r').rglob('*') if o.is_file() and o.suffix not in ('.json', '.safetensors')]
 
 def damage(folder, what):
     path = folder/'model.safetensors'
@@ -232,13 +207,14 @@ def test_other_folders_are_told(tmp_path):
 
 def test_what_does_not_fit_is_told(tmp_path):
     run = tmp_path/'r'
-    saved(run, Window())
+    saved(run, AccumulateCB(4))
     def refused(words, *cbs, fit=None, **kw):
         with pytest.raises(ValueError, match=words): new(None, *cbs, **kw).fit(**{'epochs': EPOCHS, 'resume': run, **(fit or {})})
-    refused('has the state of CheckpointCB, Window, and this learner has no such callback')
+    refused('has the state of AccumulateCB, CheckpointCB, LogCB, and this learner has no such callback')
     refused('made with the optimizer AdamW, this learner has SGD', opt=optim.SGD)
-    refused('belongs to another order: bs is 16 there and 8 here', Window(), CheckpointCB(run), loader=lambda ds, train: DataLoader(ds, 8, shuffle=train, transform=Noise()))
-    refused('made with another kind of loader', Window(), CheckpointCB(run), loader=torchs())
+    rest = AccumulateCB(4), LogCB(tmp_path/'log'), CheckpointCB(run)
+    refused('belongs to another order: bs is 16 there and 8 here', *rest, loader=lambda ds, train: DataLoader(ds, 8, shuffle=train, transform=Noise()))
+    refused('made with another kind of loader', *rest, loader=torchs())
     refused(r'fit\(1\) has no such epoch', fit=dict(epochs=1))
     with pytest.raises(ValueError, match='no CheckpointCB says where the run is'): new().fit(2, resume=True)
 
@@ -287,7 +263,7 @@ def test_a_disk_that_is_full_loses_nothing_and_training_goes_on(tmp_path, monkey
     class Fill(Callback):
         order = 80
         def before_train(self, learn):
-            learn.cbs[-1].writer.wait()
+            saver(learn).writer.wait()
             full[:] = [1]*learn.epoch
     learn = new(tmp_path, Fill())
     learn.fit(2)
@@ -299,20 +275,23 @@ FULL = """
 import resource, sys
 sys.path.insert(0, {tests!r})
 from test_checkpoint import *
-run = {run!r}
+from pathlib import Path
+run = Path({run!r})
 class Fill(Callback):
     order = 80
     def before_train(self, learn):
-        learn.cbs[-1].writer.wait()
-        if learn.epoch == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
-new(run, Fill()).fit(2)
-print(newest(run).place)
+        saver(learn).writer.wait()
+        if learn.epoch == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
+learn = new(run, Fill())
+learn.fit(2)
+print(newest(run).place, result(learn)['log'] == timeless(learn.rows[:1]))
 """
 
 def test_a_file_that_the_system_cuts_off_is_no_checkpoint(tmp_path):
     code = FULL.format(tests=os.path.dirname(__file__), run=str(tmp_path/'r'))
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "(1, 'train', 0)" in done.stdout and 'File too large' in done.stderr and 'Training goes on' in done.stderr
+    assert done.returncode == 0 and "(1, 'train', 0) True" in done.stdout and 'File too large' in done.stderr and 'Training goes on' in done.stderr
+    assert 'its line comes with the next' in done.stderr
 
 # ---- signals
 
@@ -343,7 +322,6 @@ def test_sigterm_with_a_full_disk_is_no_success(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='SIGTERM: .*checkpoint-3 was not written .*; there is none yet'): new(None, Terminate(3), CheckpointCB(tmp_path)).fit(EPOCHS)
 
 def test_ctrl_c_leaves_a_checkpoint_of_that_batch(tmp_path):
-    from miniai.callbacks import InterruptCB
     class Press(Callback):
         def after_predict(self, learn):
             if learn.training and (learn.epoch, learn.iter) == (1, 2): os.kill(os.getpid(), signal.SIGINT)
@@ -359,3 +337,12 @@ def test_a_fork_waits_for_the_file_that_is_being_written(tmp_path):
     cb.writer.start(lambda: going.wait(.3))
     if not (pid := os.fork()): os._exit(cb.writer.thread is not None)
     assert os.waitpid(pid, 0)[1] == 0
+
+def test_a_run_that_stopped_early_stays_so(tmp_path):
+    def cbs(): return [EarlyStopCB('valid_loss', patience=1, low=False)]          # a low loss is bad: stops at once
+    learn = new(tmp_path/'r', *cbs())
+    learn.fit(EPOCHS)
+    assert len(learn.rows) == 2
+    again = new(tmp_path/'r', *cbs())
+    again.fit(EPOCHS, resume=True)
+    same(result(again), result(learn))

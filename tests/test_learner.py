@@ -6,7 +6,7 @@ from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, ProgressCB
 from miniai.data import Dataset
 from miniai.loader import DataLoader
 from miniai.datasets import DataLoaders
-from miniai.learner import (CANCEL, EVENTS, LEVELS, Callback, CancelFitException, Learner, accuracy, fit, set_epoch)
+from miniai.learner import (CANCEL, EVENTS, LEVELS, VERBS, Callback, CancelFitException, Learner, accuracy, fit, set_epoch)
 from miniai.nn import Linear, ReLU, Sequential, cross_entropy
 from miniai.optim import SGD
 from miniai.schedule import one_cycle
@@ -102,6 +102,130 @@ def test_a_verb_can_be_had_ones_own_way():
     one.fit(2); two.fit(2)
     for a,b in zip(one.model.parameters(), two.model.parameters(), strict=True): torch.testing.assert_close(a, b)
 
+class Around(Callback):
+    "Stands in for every verb, and notes it"
+    def __init__(self, name, seen, order=0): self.name,self.seen,self.order = name,seen,order
+    def around(self, verb, do):
+        self.seen.append((self.name, verb)); do(); self.seen.append((self.name, verb))
+    def predict(self, learn, do): self.around('predict', do)
+    def get_loss(self, learn, do): self.around('get_loss', do)
+    def backward(self, learn, do): self.around('backward', do)
+    def step(self, learn, do): self.around('step', do)
+    def zero_grad(self, learn, do): self.around('zero_grad', do)
+
+def test_callbacks_stand_in_for_verbs_the_first_in_order_outside_and_nothing_changes():
+    seen = []
+    learn, plain = new_learner(), new_learner()
+    learn.fit(1, cbs=[Around('b', seen, 2), Around('a', seen, 1)])
+    assert seen[:20] == [(who, verb) for verb in VERBS for who in 'abba']
+    plain.fit(1)
+    for a,b in zip(learn.model.parameters(), plain.model.parameters(), strict=True): torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not vars(learn).keys() & set(VERBS) and learn.steps == plain.steps == 7
+
+def test_a_verb_that_is_not_done_is_not_done():
+    class Never(Callback):
+        def step(self, learn, do): pass
+    learn = new_learner(Never())
+    learn.fit(1)
+    assert learn.steps == 0
+    for a,b in zip(learn.model.parameters(), new_model().parameters(), strict=True): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('f', [lambda self: 0, lambda self, learn: 0, lambda: 0])
+def test_a_method_that_only_has_a_verbs_name_is_told(f):
+    with pytest.raises(TypeError, match=r'CB.step has the name of a verb and would be called in its place, with \(learn, do\)'): type('CB', (Callback,), {'step': f})
+
+def test_a_state_that_is_saved_is_taken_back():
+    with pytest.raises(TypeError, match='has one of state_dict and load_state_dict'): type('CB', (Callback,), {'state_dict': lambda self: {}})
+
+def test_a_verb_of_a_subclass_is_what_callbacks_stand_in_for():
+    class Twice(Learner):
+        def get_loss(self):
+            super().get_loss()
+            self.loss = 2*self.loss
+    seen = []
+    one, two = new_learner(lr=.2), Twice(new_model(), new_dls(), lr=.1, cbs=Around('a', seen))
+    one.fit(1); two.fit(1)
+    for a,b in zip(one.model.parameters(), two.model.parameters(), strict=True): torch.testing.assert_close(a, b)
+
+# ---- batches of all forms
+
+X, Y = torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+
+def trained(batch, model=None, loss_func=cross_entropy, **kw):
+    learn = Learner(model or new_model(), SimpleNamespace(train=[batch]*3, valid=[batch]), loss_func, cbs=MetricsCB(zero=lambda p, t: torch.tensor(0.)), **kw)
+    learn.fit(2)
+    return learn
+
+class Named(torch.nn.Module):
+    "Takes its inputs by name, and gives its loss if it is told what is wanted"
+    def __init__(self, form):
+        super().__init__()
+        self.inner,self.form = new_model(),form
+    def forward(self, x, labels=None, extra=None):
+        logits = self.inner(x if extra is None else x + extra)
+        return self.form(logits=logits, loss=None if labels is None else cross_entropy(logits, labels))
+
+@pytest.mark.parametrize('engine', ['torch', 'tape'])
+def test_every_form_of_a_batch_trains_alike(engine):
+    want = trained((X, Y), engine=engine)
+    forms = [trained([X, Y], engine=engine), trained(dict(x=X, label=Y), target='label', engine=engine), trained(dict(x=X, a=Y), target=['a'], engine=engine),
+             trained((X/2, X/2, Y), model=Two(), engine=engine), trained((X/2, X/2, Y, Y), Two(), lambda p, a, b: (cross_entropy(p, a) + cross_entropy(p, b))/2, target=2, engine=engine),
+             *[trained(dict(x=X, labels=Y), Named(form), None, engine=engine) for form in (dict, SimpleNamespace)],
+             *[trained(dict(x=X, labels=Y), Named(form), target='labels', engine=engine) for form in (dict, SimpleNamespace)]]
+    for got in forms:
+        for a,b in zip(got.model.parameters(), want.model.parameters(), strict=True): torch.testing.assert_close(a, b)
+        torch.testing.assert_close(got.loss, want.loss)
+        assert isinstance(got.preds, torch.Tensor) and (got.targ if isinstance(got.targ, torch.Tensor) else got.targ[0]).equal(Y)
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = new_model()
+    def forward(self, a, b): return self.inner(a + b)
+
+@pytest.mark.parametrize('batch, target, said', [
+    (X, None, r'a batch is a tuple \(inputs..., target\) or a dictionary, this is Tensor\(6, 8\)'), (dict(x=X, label=Y), 'lable', "no 'lable', which is the target; did you mean label"),
+    ((X, Y), 'label', "target='label', but a batch is a tuple of 2"), ((X, Y), 2, 'say how many of the last are wanted'), (None, None, 'this is NoneType')])
+def test_a_batch_that_cannot_be_read_is_told(batch, target, said):
+    with pytest.raises((TypeError, ValueError), match=said): Learner(new_model(), SimpleNamespace(train=[batch], valid=[]), target=target).fit(1, valid=False)
+
+# ---- what a model says
+
+def test_get_preds_takes_other_data_and_gives_the_loss_of_each_item():
+    learn = new_learner(MetricsCB())
+    learn.fit(1)
+    xy = points(30, 5)[:]
+    preds, targs, losses = learn.get_preds([xy], with_loss=True)
+    assert torch.equal(targs, xy[1])
+    torch.testing.assert_close(losses, cross_entropy(preds, targs, reduction='none'))
+    weighted = Learner(learn.model, learn.dls, lambda p, t: cross_entropy(p, t, label_smoothing=.1))
+    torch.testing.assert_close(weighted.get_preds([xy], with_loss=True)[2], cross_entropy(preds, targs, reduction='none', label_smoothing=.1))
+    with pytest.raises(ValueError, match='the model computes the loss of a batch itself'): trained(dict(x=X, labels=Y), Named(dict)).get_preds(with_loss=True)
+
+def test_validate_is_what_an_epoch_says_and_leaves_no_trace():
+    learn = new_learner(MetricsCB(), RecordCB())
+    learn.fit(2)
+    before, row = {k: v for k,v in vars(learn).items()}, dict(learn.rows[-1])
+    got = learn.validate()
+    assert got['valid_accuracy'] == row['valid_accuracy'] and got['valid_loss'] == pytest.approx(row['valid_loss'])
+    assert {k: v for k,v in vars(learn).items()} == before and learn.rows[-1] == row and 'epoch' not in got
+    assert Learner(learn.model, learn.dls).validate() == {'valid_loss': pytest.approx(row['valid_loss'])}
+
+def test_the_learner_shows_who_acts_when():
+    lines = repr(new_learner(Around('a', [], 1), SchedCB(lr=one_cycle(.1)), Diary())).splitlines()
+    assert lines[0] == 'Learner(Sequential of 108 parameters, SGD, engine torch, 7 batches to learn from, 4 to be judged by)'
+    assert lines[1].split()[:3] == ['SchedCB(lr)', 'before_fit,', 'before_batch']
+    assert 'in place of predict, in place of get_loss' in lines[2]
+
+def test_one_cycle_is_a_schedule_for_one_fit():
+    a, b = new_learner(lr=.5), new_learner(SchedCB(lr=one_cycle(.5)))
+    a.fit_one_cycle(2); b.fit(2)
+    for p,q in zip(a.model.parameters(), b.model.parameters(), strict=True): assert torch.equal(p, q)
+    assert not a.cbs
+    c = new_learner()
+    c.fit(1, lr=.5)
+    assert c.opt.param_groups[0]['lr'] == .5 and c.lr == .1
+
 def test_metrics_weigh_every_batch_by_its_rows():
     learn = new_learner(MetricsCB(accuracy=accuracy, targ=lambda preds, targ: targ.float().mean()), RecordCB())
     learn.fit(1)
@@ -152,6 +276,19 @@ def test_log_has_a_line_an_epoch(tmp_path):
     learn = new_learner(MetricsCB(), RecordCB(), LogCB(tmp_path/'log.jsonl'))
     learn.fit(3)
     assert [json.loads(line) for line in (tmp_path/'log.jsonl').read_text().splitlines()] == learn.rows
+
+def test_a_line_that_the_disk_has_no_room_for_comes_with_the_next(tmp_path, monkeypatch, capsys):
+    from miniai import callbacks
+    real, calls = os.fsync, []
+    def fsync(fd):
+        calls.append(fd)
+        if len(calls) == 2: raise OSError(28, 'No space left on device')
+        real(fd)
+    monkeypatch.setattr(callbacks.os, 'fsync', fsync)
+    learn = new_learner(MetricsCB(), RecordCB(), LogCB(tmp_path/'log.jsonl'))
+    learn.fit(3)
+    assert [json.loads(line) for line in (tmp_path/'log.jsonl').read_text().splitlines()] == learn.rows
+    assert 'its line comes with the next' in capsys.readouterr().err
 
 def test_progress_outside_a_terminal_is_the_same_at_every_run():
     outs = []
