@@ -72,14 +72,15 @@ def describe(
     y:Tensor,             # an output, its first axis the batch
     bins:int=40,          # of the histogram
     span:tuple=(-5., 5.), # what it spans; numbers beyond are counted in its last bins
-    most:int=2**14,       # numbers looked at
+    most:int=2**12,       # numbers looked at
+    rows:int=64,          # rows looked at for dead units
     dead:float=1e-6,      # a unit that never goes farther from 0 is dead
 )->Tensor:                # (3 + bins,) mean, deviation, share of dead units, counts
     "One output in figures, without waiting for them."
     y = y.detach()
     some,axis = spread_out(y, most).float(),unit_axis(y)
     mean = some.mean()
-    reach = y.abs().amax([i for i in range(y.ndim) if i != axis])
+    reach = y[:rows].abs().amax([i for i in range(y.ndim) if i != axis])
     figures = torch.stack([mean, (some-mean).square().mean().sqrt(), (reach <= dead).float().mean()])
     return torch.cat([figures, torch.histc(some.clamp(*span), bins, *span)])
 
@@ -349,6 +350,8 @@ def summary(
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     if (p := next(model.parameters(), None)) is not None: inputs = to_device(inputs, p.device)
     return Summary(model, measure(model, inputs))
+
+Learner.summary = summary
 
 # %% ../nbs/52_hooks.ipynb #f9142641
 class GradStats(Callback):
