@@ -35,40 +35,42 @@ class CSVLogCB(Callback):
 
 # %% ../nbs/55_loggers.ipynb #592381b6
 class Tracker(Callback):
-    "Collects loss and learning rate of every step, and each epoch's row; subclasses have `open`, `write` and `close`."
+    "Collects loss and learning rate of every step, and each epoch's row; subclasses have `open(step)`, `write(step, values)`, `close()`."
     order = 25
     run = ident = None       # what is open; its name, if it goes on
     def __init__(self,
         every:int=50, # steps are told in bunches of so many
     ): self.every = every
 
-    def before_fit(self, learn): self.waiting,self.since = [],0
+    def before_fit(self, learn): self.waiting = []
 
     def after_batch(self, learn):
         if not learn.training: return
         self.waiting.append((learn.steps, learn.opt.param_groups[0]['lr'], learn.loss.detach()))
-        if len(self.waiting) >= self.every: self.flush(learn)
+        if len(self.waiting) >= self.every: self.flush()
 
-    def flush(self, learn):
+    def flush(self):
         if not self.waiting: return
         steps,lrs,losses = zip(*self.waiting, strict=True)
         self.waiting = []
-        for step,lr,loss in zip(steps, lrs, torch.stack(losses).tolist(), strict=True): self.tell(learn, step, dict(step_loss=loss, lr=lr))
+        for step,lr,loss in zip(steps, lrs, torch.stack(losses).tolist(), strict=True): self.tell(step, dict(step_loss=loss, lr=lr))
 
-    def tell(self, learn, step, values):
-        if self.run is None: self.run = self.open(learn)
+    def tell(self, step, values):
+        if self.run is None: self.run = self.open(step)
         self.write(step, values)
 
     def cleanup_epoch(self, learn):
-        self.flush(learn)
-        self.tell(learn, learn.steps, {k: v for k,v in learn.row.items() if isinstance(v, (int, float))})
+        self.flush()
+        self.tell(learn.steps, {k: v for k,v in learn.row.items() if isinstance(v, (int, float))})
 
     def cleanup_fit(self, learn):
-        self.flush(learn)
+        self.flush()
         if self.run is not None: self.close()
         self.run = self.ident = None
 
-    def state_dict(self): return {} if self.ident is None else dict(ident=self.ident)
+    def state_dict(self):
+        if getattr(self, 'waiting', None): self.flush()      # what is not told now would be missing
+        return {} if self.ident is None else dict(ident=self.ident)
     def load_state_dict(self, state): self.ident = state['ident']
 
 # %% ../nbs/55_loggers.ipynb #b6e2d503
@@ -91,9 +93,9 @@ class TensorBoardCB(Tracker):
         super().__init__(every)
         self.folder,self.module = Path(folder),need('torch.utils.tensorboard', 'tensorboard', 'TensorBoardCB')
 
-    def open(self, learn):
-        "Of a run that goes on, what was written after its checkpoint is struck out."
-        purge,self.ident = None if self.ident is None else learn.steps,'tensorboard'
+    def open(self, step):
+        "Of a run that goes on, what was written from this step on is struck out."
+        purge,self.ident = None if self.ident is None else step,'tensorboard'
         return self.module.SummaryWriter(str(self.folder), purge_step=purge)
 
     def write(self, step, values):
@@ -113,7 +115,7 @@ class TrackioCB(Tracker):
         super().__init__(every)
         self.module,self.kwargs = need('trackio', 'trackio', 'TrackioCB'),dict(project=project, name=name, **kwargs)
 
-    def open(self, learn):
+    def open(self, step):
         again = {} if self.ident is None else dict(name=self.ident, resume='must')
         run = self.module.init(**{**self.kwargs, **again})
         self.ident = run.name
@@ -135,7 +137,7 @@ class WandbCB(Tracker):
         super().__init__(every)
         self.module,self.kwargs = need('wandb', 'wandb', 'WandbCB'),dict(project=project, name=name, **kwargs)
 
-    def open(self, learn):
+    def open(self, step):
         again = {} if self.ident is None else dict(id=self.ident, resume='must')
         run = self.module.init(**{**self.kwargs, **again})
         self.ident = run.id

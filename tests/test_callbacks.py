@@ -6,14 +6,14 @@ import pytest, torch
 import miniai, trackers
 from miniai import nn, optim
 from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, ProgressCB, RecordCB, SchedCB, ScheduleFreeCB
-from miniai.checkpoint import CheckpointCB, CheckpointError, Checkpoint, ResumeCB, checkpoints, fold, unfold, write_checkpoint
+from miniai.checkpoint import Checkpoint, CheckpointCB, ResumeCB, fold, write_checkpoint
 from miniai.data import Dataset
 from miniai.hooks import ActivationStats, GradStats, NanGuardCB
 from miniai.learner import EVENTS, VERBS, Callback, CancelFitException, Learner
 from miniai.loader import DataLoader
 from miniai.loggers import CSVLogCB, LivePlotCB, StopButtonCB, TensorBoardCB, TrackioCB, Tracker, WandbCB
 from miniai.schedule import one_cycle
-from miniai.training import AccumulateCB, AmpCB, ClipCB, EarlyStopCB, EMACB, TimerCB, tokens
+from miniai.training import AccumulateCB, AmpCB, ClipCB, EarlyStopCB, EMACB, TimerCB
 
 def rows(n, seed, dtype=torch.float32):
     gen = torch.Generator().manual_seed(seed)
@@ -132,20 +132,19 @@ class StopAt(Callback):
 
 @pytest.mark.parametrize('at', [3, 6, 8])          # in the first epoch, at its end, in the second
 @pytest.mark.parametrize('engine', ['torch', 'tape'])
-@pytest.mark.parametrize('name', sorted(MAKE))
+@pytest.mark.parametrize('name', sorted(MAKE.keys() - {'CheckpointCB'}))        # which is in every one of these runs
 def test_a_run_that_was_broken_off_ends_as_if_it_had_not(name, engine, at, tmp_path):
     (tmp_path/'one').mkdir(), (tmp_path/'two').mkdir()
     whole = new_learner(*MAKE[name](tmp_path/'one'), engine=engine, opt=opt_of(name))
     whole.fit(3)
     broken = new_learner(*MAKE[name](tmp_path/'two'), CheckpointCB(tmp_path/'run', every=1), StopAt(at), engine=engine, opt=opt_of(name))
     broken.fit(3)
-    again = new_learner(*[cb for cb in MAKE[name](tmp_path/'two') if type(cb) is not CheckpointCB], CheckpointCB(tmp_path/'run', every=1), StopAt(-1),
-                        engine=engine, opt=opt_of(name))
+    again = new_learner(*MAKE[name](tmp_path/'two'), CheckpointCB(tmp_path/'run', every=1), engine=engine, opt=opt_of(name))
     again.fit(3, resume=tmp_path/'run')
     same(weights(again), weights(whole))
     assert again.steps == whole.steps
     def told(learn): return [{k: v for k,v in row.items() if k != 'seconds'} for row in learn.rows]
-    if name != 'CheckpointCB': assert told(again) == told(whole)
+    assert told(again) == told(whole)
     if hasattr(whole, 'losses'): assert again.losses == whole.losses
     if name == 'LogCB': assert len((tmp_path/'two'/'log.jsonl').read_text().splitlines()) == 3
 
