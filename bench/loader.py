@@ -78,7 +78,8 @@ def with_work(n, repeats):
     def ours(w, context='fork', **kw): return partial(drain, DataLoader(ds, 32, True, num_workers=w, context=context, **kw))
     def theirs(w, **kw): return partial(drain, torch_data.DataLoader(ds, 32, shuffle=True, num_workers=w, **kw))
     gos = {'no workers': ours(0), 'ours, 2 workers kept': ours(2, persistent=True), 'ours, 2 workers started anew': ours(2),
-           'ours, 2 threads': ours(2, 'thread'), "PyTorch's, 2 workers kept": theirs(2, persistent_workers=True), "PyTorch's, 2 workers started anew": theirs(2)}
+           'ours, 2 threads': ours(2, 'thread'), "PyTorch's, 2 workers kept": theirs(2, persistent_workers=True),
+           "PyTorch's, 2 workers started anew": theirs(2)}
     yield from compared(f'{n} rows of 1 ms', gos, 'no workers', repeats, {'ours, 2 workers kept': '1.8 or more'})
 
 def across(n, repeats):

@@ -20,7 +20,7 @@ from .sampler import Batches, BatchSampler, Sampler, batches_of, repeats
 from .workers import Pool, Run, Task, in_threads
 
 # %% auto #0
-__all__ = ['seed_row', 'kept_chance', 'seeded', 'do', 'is_stream', 'Stream', 'DataLoader']
+__all__ = ['seed_row', 'kept_chance', 'seeded', 'batch_of', 'is_stream', 'Stream', 'DataLoader']
 
 # %% ../nbs/43_loader.ipynb #68d9a0f9
 def seed_row(key:int):
@@ -42,7 +42,7 @@ def seeded(keys:list, rows):
     "The rows, the generators seeded before each."
     return (row for _,row in zip(map(seed_row, keys), rows, strict=True))
 
-def do(ds, collate_fn, seed_rows:bool, task:Task):
+def batch_of(ds, collate_fn, seed_rows:bool, task:Task):
     "The work of a task: its batch."
     rows = task.rows
     if task.items is not None: ds, rows = _over(ds, task.items), range(len(task.items))
@@ -276,7 +276,7 @@ def _tasks(self:DataLoader, epoch, start, mark, marks):
 def _done(self:DataLoader, tasks):
     "Yields `(task, batch)`"
     ds = _over(self.ds, None) if self.stream else self.ds       # workers get the functions around a stream, not the stream
-    work, ahead = partial(do, ds, self.collate_fn, self.seed_rows), self.num_workers*self.prefetch
+    work, ahead = partial(batch_of, ds, self.collate_fn, self.seed_rows), self.num_workers*self.prefetch
     if not self.num_workers: return ((task, work(task)) for task in tasks)
     return in_threads(work, tasks, self.num_workers, ahead) if self.context == 'thread' else self._by_processes(work, tasks, ahead)
 
