@@ -8,7 +8,6 @@ import random, warnings
 from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from itertools import count, islice
 import numpy as np, torch
@@ -112,7 +111,7 @@ class Stream:
         ds = self.ds
         if hasattr(ds, 'set_epoch'): ds.set_epoch(epoch)
         if mark is not None:
-            ds = copy(ds)                       # the original keeps its beginning
+            ds = _twin(ds)                      # the original keeps its beginning
             ds.load_state_dict(mark)
         stream = iter(ds)
         self._check_fresh(stream)
@@ -140,6 +139,12 @@ def _buffered(ds):
     "Has a Hugging Face stream a shuffle buffer somewhere? Its state does not tell"
     inside = [getattr(ds, k, None) for k in ('_ex_iterable', 'ex_iterable')] + list(getattr(ds, 'ex_iterables', ()))
     return type(ds).__name__.startswith('BufferShuffled') or any(_buffered(o) for o in inside if o is not None)
+
+def _twin(ds):
+    "Another object with the same attributes (`copy` would ask the class, and a Hugging Face stream gives a copy that shares its memory)"
+    twin = object.__new__(type(ds))
+    twin.__dict__.update(vars(ds))
+    return twin
 
 def _skip(stream, n, ds):
     warnings.warn(f'DataLoader: {type(ds).__name__} cannot be brought to a place in its middle: '
