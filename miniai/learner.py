@@ -4,8 +4,11 @@
 
 # %% ../nbs/50_learner.ipynb #f51078a4
 from __future__ import annotations
+import inspect
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from fastcore.basics import patch
 import torch
 from torch import Tensor
@@ -15,8 +18,8 @@ from .nn import cross_entropy
 from .optim import SGD
 
 # %% auto #0
-__all__ = ['LEVELS', 'EVENTS', 'CANCEL', 'accuracy', 'fit', 'Callback', 'CancelFitException', 'CancelEpochException',
-           'CancelTrainException', 'CancelValidException', 'CancelBatchException', 'Learner', 'set_epoch']
+__all__ = ['LEVELS', 'EVENTS', 'VERBS', 'CANCEL', 'accuracy', 'fit', 'Callback', 'CancelFitException', 'CancelEpochException',
+           'CancelTrainException', 'CancelValidException', 'CancelBatchException', 'parts', 'Learner', 'set_epoch']
 
 # %% ../nbs/50_learner.ipynb #c28c5add
 def accuracy(
@@ -57,17 +60,39 @@ EVENTS = [f'{when}_{level}' for level in LEVELS for when in ('before', 'after', 
     'after_predict', 'after_loss', 'after_backward', 'after_step']
 
 # %% ../nbs/50_learner.ipynb #9a44f59e
+VERBS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
+
+# %% ../nbs/50_learner.ipynb #54670631
 class Callback:
-    "Subclass it and name methods after events; each is called with the learner."
-    order = 0     # callbacks with a lower order are called first
+    "Subclass it and name methods after events, called with the learner, or after verbs, called with the learner and `do`."
+    order = 0     # callbacks with a lower order are called first, and are the outer ones where several stand in for a verb
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
             if name.startswith(('before_', 'after_', 'cleanup_')) and name not in EVENTS:
                 raise TypeError(f'{cls.__name__}.{name} is not an event{did_you_mean(name, EVENTS)}')
+            if name in VERBS: _check_verb(cls, name)
+        if (cls.state_dict is Callback.state_dict) != (cls.load_state_dict is Callback.load_state_dict):
+            raise TypeError(f'{cls.__name__} has one of state_dict and load_state_dict; a state that is saved is also taken back')
+
+    def state_dict(self)->dict:
+        "What is needed to go on in the middle of a run: plain values and tensors, in dictionaries and lists."
+        return {}
+
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    ): "Go on where the state was taken; called after the `before_` events of the place."
 
     def __repr__(self): return f'{type(self).__name__}()'
+
+# %% ../nbs/50_learner.ipynb #0e64a5a3
+def _check_verb(cls, name):
+    "A method with a verb's name takes its place, and must be made for that"
+    try: inspect.signature(getattr(cls, name)).bind('self', 'learn', 'do')
+    except TypeError as e:
+        raise TypeError(f'{cls.__name__}.{name} has the name of a verb and would be called in its place, with (learn, do); '
+                        'take these two, or another name') from e
 
 # %% ../nbs/50_learner.ipynb #b9fd0df7
 class CancelFitException(Exception):   "Raised in a callback: end the run"
@@ -80,27 +105,71 @@ CANCEL = dict(fit=CancelFitException, epoch=CancelEpochException, train=CancelTr
               batch=CancelBatchException)
 
 # %% ../nbs/50_learner.ipynb #2b5ac7ff
+def parts(
+    batch,       # a tuple or list, or a dictionary
+    target=None, # of a tuple, how many of the last are wanted (one if not given); of a dictionary, which key or keys
+)->tuple:        # inputs by position, inputs by name, targets
+    "What the model is called with, and what its answer is compared with."
+    if isinstance(batch, (tuple, list)):
+        n = len(batch) - (1 if target is None else _number(target, batch))
+        return batch[:n], {}, tuple(batch[n:])
+    if not isinstance(batch, Mapping):
+        raise TypeError(f'Learner: a batch is a tuple (inputs..., target) or a dictionary, this is {type(batch).__name__}'
+                        f'{tuple(getattr(batch, "shape", ()))}; give the loader two columns, or a transform that makes a tuple')
+    if target is None: return (), dict(batch), tuple(batch[k] for k in _WANTED if k in batch)[:1]
+    keys = [target] if isinstance(target, str) else list(target)
+    missing = [k for k in keys if k not in batch]
+    if missing: raise ValueError(f'Learner: the batch has no {missing[0]!r}, which is the target{did_you_mean(missing[0], batch)}')
+    return (), {k: v for k,v in batch.items() if k not in keys}, tuple(batch[k] for k in keys)
+
+# %% ../nbs/50_learner.ipynb #52968929
+_WANTED = 'labels', 'label'      # the names that Hugging Face's models and data sets have for it
+
+def _number(target, batch):
+    if isinstance(target, int) and 0 <= target < len(batch): return target
+    raise ValueError(f'Learner: target={target!r}, but a batch is a {type(batch).__name__} of {len(batch)}; '
+                     f'say how many of the last are wanted (below {len(batch)}), or nothing where it is the last one')
+
+# %% ../nbs/50_learner.ipynb #d48d52a0
+def _field(output, name):
+    "An entry of an answer that is a dictionary or an object"
+    if isinstance(output, Tensor): return None
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+def _scores(output):
+    logits = _field(output, 'logits')
+    return output if logits is None else logits
+
+# %% ../nbs/50_learner.ipynb #b8977784
 class Learner:
     "A model, its data, and a loop that tells callbacks what happens."
     def __init__(self,
         model,                    # called with the inputs of a batch
-        dls,                      # has `train` and `valid`, iterables of batches (inputs..., target)
-        loss_func=cross_entropy,  # `loss_func(preds, target)` is a number
+        dls,                      # has `train` and `valid`, iterables of batches
+        loss_func=cross_entropy,  # `loss_func(preds, *targets)` is a number; a model whose answer has a `loss` is taken at its word
         lr:float=0.1,             # per step
         opt_func=SGD,             # `opt_func(parameters, lr=lr)` is an optimizer
         cbs=(),                   # callbacks
         engine:str='torch',       # who fills `grad`: PyTorch's autograd, or our tape
+        target=None,              # what of a batch is wanted, as in `parts`
     ):
-        self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
-        self.cbs,self.epoch,self.row,self.rows = [],0,{},[]
-        self.engine = autograd.engine(engine)
+        self.model,self.dls,self.loss_func,self.lr,self.opt_func,self.target = model,dls,loss_func,lr,opt_func,target
+        self.cbs,self.epoch,self.steps,self.row,self.rows = [],0,0,{},[]
+        self.engine_name,self.engine = engine,autograd.engine(engine)
         self.add_cbs(cbs)
 
     # the five verbs
-    def predict(self):   self.preds = self.model(*self.batch[:-1])
-    def get_loss(self):  self.loss = self.loss_func(self.preds, self.batch[-1])
+    def predict(self):
+        args,kwargs,_ = parts(self.batch, self.target)
+        self.output = self.model(*args, **kwargs)
+        self.preds = _scores(self.output)
+    def get_loss(self):
+        loss = _field(self.output, 'loss')
+        self.loss = self.loss_func(self.preds, *self.targs) if loss is None else loss
     def backward(self):  self.loss.backward()
-    def step(self):      self.opt.step()
+    def step(self):
+        self.opt.step()
+        self.steps += 1
     def zero_grad(self): self.opt.zero_grad()
 
     # the loop
@@ -113,37 +182,55 @@ class Learner:
         self.zero_grad()
 
     def all_batches(self):
-        for self.iter,self.batch in enumerate(self.dl):
+        for self.iter,self.batch in enumerate(self.dl, self.first):
             with self.engine if self.training else nullcontext(): self.level('batch', self.one_batch)
 
-    def one_pass(self, name:str):      # `train` or `valid`
-        self.training,self.dl = name == 'train',getattr(self.dls, name)
+    def one_pass(self, name:str, dl=None): # `train` or `valid`; other data than the learner's, if wanted
+        self.training,self.dl,self.first = name == 'train',getattr(self.dls, name) if dl is None else dl,0
         self.model.train(self.training)
         set_epoch(self.dl, self.epoch)
         with torch.set_grad_enabled(self.training): self.level(name, self.all_batches)
 
     def one_epoch(self):
-        for name in self.passes: self.one_pass(name)
+        for name in self.passes:
+            if (self.epoch, name) >= self.start: self.one_pass(name)
 
     def all_epochs(self):
-        for self.epoch in range(self.epochs):
+        for self.epoch in range(self.start[0], self.epochs):
             self.row = dict(epoch=self.epoch)
             self.level('epoch', self.one_epoch)
 
     def fit(self,
         epochs:int=1,    # times through the data
+        lr:float=None,   # per step; the learner's own if not given
         valid:bool=True, # validate after each epoch?
         cbs=(),          # callbacks for this run only
+        resume=None,     # a folder with checkpoints to go on from (see `miniai.checkpoint`)
     ):
         "Train for `epochs`, telling the callbacks."
-        self.epochs,self.passes,self.rows = epochs,('train', 'valid') if valid else ('train',),[]
-        self.opt = self.opt_func(self.model.parameters(), lr=self.lr)
-        with self.with_cbs(cbs): self.level('fit', self.all_epochs)
+        self.epochs,self.passes,self.rows,self.steps,self.start = epochs,('train', 'valid') if valid else ('train',),[],0,(0, 'train')
+        self.opt = self.opt_func(self.model.parameters(), lr=self.lr if lr is None else lr)
+        with self.with_cbs(cbs), self.with_cbs(self.resumed(resume)): self.level('fit', self.all_epochs)
+
+    @property
+    def targs(self)->tuple:
+        "What is wanted of this batch."
+        return parts(self.batch, self.target)[2]
+
+    @property
+    def targ(self):
+        "The same, without the tuple around it where there is one thing only."
+        return self.targs[0] if len(self.targs) == 1 else self.targs
 
     @property
     def done(self):
         "The part of the training that is done, from 0 to 1."
         return (self.epoch + self.iter/len(self.dl)) / self.epochs
+
+    def resumed(self, run):
+        "The callback that takes up a saved run; none for a new one"
+        if run is None: return ()
+        raise ValueError('fit(resume=): `import miniai.checkpoint`, which knows how runs are saved')
 
 # %% ../nbs/50_learner.ipynb #6da4f692
 @patch
@@ -178,7 +265,17 @@ def add_cbs(self:Learner, cbs):
     for cb in self.cbs:
         for event in EVENTS:
             if hasattr(cb, event): self.listeners[event].append(getattr(cb, event))
+    for verb in VERBS: self._stand_in(verb)
     return self
+
+# %% ../nbs/50_learner.ipynb #5060dad0
+@patch
+def _stand_in(self:Learner, verb):
+    "Put those who replace a verb in its place"
+    vars(self).pop(verb, None)
+    do,stand_ins = getattr(self, verb),[cb for cb in self.cbs if hasattr(type(cb), verb)]
+    for cb in reversed(stand_ins): do = partial(getattr(cb, verb), self, do)
+    if stand_ins: setattr(self, verb, do)
 
 # %% ../nbs/50_learner.ipynb #43ff9e17
 @patch
