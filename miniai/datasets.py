@@ -12,7 +12,9 @@ from urllib.request import Request, urlopen
 import numpy as np, torch
 from torch import Tensor
 from .core import did_you_mean
-from .data import BatchSampler, DataLoader, Dataset, Sampler, collate
+from .data import Dataset, collate
+from .loader import DataLoader
+from .sampler import BatchSampler, Sampler
 
 # %% auto #0
 __all__ = ['FASHION', 'SAMPLE', 'HUB', 'DEBIAN', 'read_idx', 'cache_folder', 'fashion_mnist', 'inplace', 'collate_dict',

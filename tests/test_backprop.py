@@ -2,7 +2,8 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from miniai.backprop import CrossEntropy, Lin, Module, Net, Relu, add_grad, numerical_grad
-from miniai.data import DataLoader, Dataset
+from miniai.data import Dataset
+from miniai.loader import DataLoader
 from miniai.optim import SGD
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

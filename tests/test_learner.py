@@ -3,7 +3,8 @@ import fcntl, io, json, os, pty, signal, struct, subprocess, sys, termios, threa
 from types import SimpleNamespace
 import pytest, torch
 from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, ProgressCB, RecordCB, SchedCB
-from miniai.data import DataLoader, Dataset
+from miniai.data import Dataset
+from miniai.loader import DataLoader
 from miniai.datasets import DataLoaders
 from miniai.learner import (CANCEL, EVENTS, LEVELS, Callback, CancelFitException, Learner, accuracy, fit, set_epoch)
 from miniai.nn import Linear, ReLU, Sequential, cross_entropy

@@ -3,8 +3,10 @@ from itertools import product
 import pytest, torch
 from miniai import nn, optim
 from miniai.autograd import engine
-from miniai.data import BatchSampler, DataLoader, Dataset, Sampler
+from miniai.data import Dataset
 from miniai.datasets import DataLoaders
+from miniai.loader import DataLoader
+from miniai.sampler import BatchSampler, Sampler
 from miniai.learner import Callback, Learner
 
 STEPS, BS = 50, 16
