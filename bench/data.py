@@ -58,9 +58,8 @@ def by_numbers(ds):
 
 def from_arrow(batches):
     for b in batches:
-        x = b['image'].combine_chunks().storage
-        while hasattr(x, 'flatten') and hasattr(x.type, 'value_type'): x = x.flatten()
-        yield normalised(torch.from_numpy(x.to_numpy()).view(-1, 1, 28, 28)), torch.from_numpy(b['label'].to_numpy())
+        x = b['image'].combine_chunks().storage.flatten().flatten()
+        yield normalised(torch.from_dlpack(x).view(-1, 1, 28, 28)), torch.from_dlpack(b['label'].combine_chunks())
 
 def arrays(x, y):
     import datasets as hf

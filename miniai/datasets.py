@@ -90,20 +90,19 @@ def _tensor(cells):
     return x if x.dtype == torch.uint8 else x.float() if x.is_floating_point() else x.long()
 
 # %% ../nbs/45_datasets.ipynb #3522f8c5
-_STEP = 1000   # rows at a time
+_STEP = 100   # images at a time, and ten times as many rows of numbers
 
-def _arrays(ds, name, whole=False):
-    "The cells of a column as Arrow arrays, in order; of at most `_STEP` rows, or in the pieces that lie in memory"
+def _arrays(ds, name, step=None):
+    "The cells of a column as Arrow arrays, in order; of at most `step` rows, or in the pieces that lie in memory"
     one = ds.select_columns([name]).with_format('arrow')
-    for table in [one[:]] if ds._indices is None else one.iter(_STEP):
+    for table in [one[:]] if ds._indices is None else one.iter(step or 10*_STEP):
         for cells in table[name].chunks:
-            if whole: yield cells
-            else: yield from (cells.slice(i, _STEP) for i in range(0, len(cells), _STEP))
+            yield from (cells.slice(i, step) for i in range(0, len(cells), step or len(cells) or 1))
 
 def _numbers(ds, name):
     "A column of numbers as tensors, in order"
-    whole = list(_arrays(ds, name, whole=True)) if ds._indices is None else []
-    return (_as_tensor(cells) for cells in (whole if len(whole) == 1 else _arrays(ds, name)))
+    whole = list(_arrays(ds, name)) if ds._indices is None else []
+    return (_as_tensor(cells) for cells in (whole if len(whole) == 1 else _arrays(ds, name, 10*_STEP)))
 
 # %% ../nbs/45_datasets.ipynb #6ba4fc2e
 class _Colour(Exception): pass
@@ -111,20 +110,36 @@ class _Colour(Exception): pass
 def _images(ds, name, feature, mode=None):
     "Encoded images as `u8 (k, c, h, w)` tensors, in order"
     from tqdm import tqdm
-    seen, mode, i = {}, mode or feature.mode, 0
+    sizes, done, mode = {}, 0, mode or feature.mode
     with tqdm(total=len(ds), desc=name, unit=' images', leave=False, disable=None) as bar:
-        for cells in _arrays(ds, name):
-            ims = [_decode(cell, i+j, name, feature) for j,cell in enumerate(cells.to_pylist())]
-            mode = mode or ('L' if _grey(ims[0]) else 'RGB')
-            if mode == 'L' and not feature.mode and not all(map(_grey, ims)): raise _Colour
-            xs = [np.asarray(o if o.mode == mode else o.convert(mode)) for o in ims]
-            for j,x in enumerate(xs): seen.setdefault(x.shape[:2], [0, i+j])[0] += 1
-            if len(seen) == 1: yield torch.from_numpy(np.stack(xs)).reshape(len(xs), *xs[0].shape[:2], -1).movedim(-1, 1)
-            i += len(xs)
-            bar.update(len(xs))
-    if len(seen) > 1: raise ValueError(_sizes(seen, name))
+        for cells in _arrays(ds, name, _STEP):
+            ims = ((i, _decode(cell, i, name, feature)) for i,cell in enumerate(cells.to_pylist(), done))
+            first = next(ims)
+            mode = mode or ('L' if _grey(first[1]) else 'RGB')
+            sheet = _sheet(chain([first], ims), len(cells), mode, mode == 'L' and not feature.mode, sizes)
+            if len(sizes) == 1: yield sheet.movedim(-1, 1)
+            done += len(cells)
+            bar.update(len(cells))
+    if len(sizes) > 1: raise ValueError(_sizes(sizes, name))
 
 def _grey(im): return im.mode in ('1', 'L')
+
+# %% ../nbs/45_datasets.ipynb #b0785b61
+def _sheet(
+    ims,        # `(row, image)`
+    n:int,      # of them
+    mode:str,
+    grey:bool,  # is any other than a grey one out of place?
+    sizes:dict, # `{(h, w): [how many, the first row]}`, to be kept up
+)->Tensor:      # u8 (n, h, w, c), unless the sizes differ
+    import PIL.Image
+    sheet = None
+    for k,(row, im) in enumerate(ims):
+        if grey and not _grey(im): raise _Colour
+        sizes.setdefault((im.height, im.width), [0, row])[0] += 1
+        sheet = sheet or PIL.Image.new(mode, (im.width, n*im.height))
+        if len(sizes) == 1: sheet.paste(im if im.mode == mode else im.convert(mode), (0, k*im.height))
+    return torch.from_dlpack(np.asarray(sheet, np.uint8)).reshape(n, sheet.height//n, sheet.width, -1)
 
 def _decode(cell, i, name, feature):
     try: im = feature.decode_example(cell)
@@ -185,10 +200,10 @@ class Ragged:
 # %% ../nbs/45_datasets.ipynb #2801df72
 def _strings(ds, name):
     import pyarrow as pa
-    return Strings(pa.concat_arrays([cells.cast(pa.large_string()) for cells in _arrays(ds, name, whole=True)]))
+    return Strings(pa.concat_arrays([cells.cast(pa.large_string()) for cells in _arrays(ds, name)]))
 
 def _ragged(ds, name, pad):
-    pieces = [getattr(o, 'storage', o) for o in _arrays(ds, name, whole=True)]
+    pieces = [getattr(o, 'storage', o) for o in _arrays(ds, name)]
     return Ragged(torch.cat([_as_tensor(o.flatten()) for o in pieces]), torch.cat(list(map(_lengths, pieces))), pad)
 
 def _lengths(cells):
