@@ -239,8 +239,8 @@ def _entries(o):
 
 # %% ../nbs/40_data.ipynb #e60f339b
 def _stack(tensors):
-    other = next((o for o in tensors if not isinstance(o, Tensor)), None)
-    if other is not None: raise TypeError(f'collate: a batch of tensors has {other!r} ({type(other).__name__}) in it')
+    others = [o for o in tensors if not isinstance(o, Tensor)]
+    if others: raise TypeError(f'collate: a batch of tensors has {others[0]!r} ({type(others[0]).__name__}) in it')
     shapes = {tuple(t.shape) for t in tensors}
     if len(shapes) == 1: return torch.stack(tensors)
     raise ValueError(f'collate: rows of different shapes cannot be stacked: {sorted(shapes)}. '

@@ -81,6 +81,7 @@ class Stream:
         self.ds,self.bs,self.drop_last,self.shuffle,self.seed = ds,bs,drop_last,shuffle,seed
         self.block = max(1, buffer//bs) if shuffle else 1      # in batches
         self.epoch,self.marks,self.used = 0,{},False
+        self.saves = hasattr(ds, 'state_dict') and hasattr(ds, 'load_state_dict') and not _buffered(ds)
 
     def set_epoch(self, epoch:int): self.epoch = epoch
 
@@ -93,12 +94,12 @@ class Stream:
         first, size = start//self.block, self.block*self.bs
         ds, stream = self._enter(epoch, first*size, mark)
         for b in count(first):
-            before = _place(ds)
+            before = ds.state_dict() if self.saves else None
             items = list(islice(stream, size))
             if not items: return
             for k,idxs in enumerate(Batches(self._order(epoch, b, len(items)), self.bs, self.drop_last), b*self.block):
                 if k < start: continue
-                self.marks[k+1] = before if (k+1) % self.block else _place(ds)
+                self.marks[k+1] = before if (k+1) % self.block or not self.saves else ds.state_dict()
                 yield idxs + b*size, [items[i] for i in idxs.tolist()]
 
     def _order(self, epoch, b, n):
@@ -133,11 +134,10 @@ class Stream:
     def __repr__(self): return f"Stream({', '.join(f'{k}={v}' for k,v in self.facts().items() if k != 'sampler')}, epoch={self.epoch})"
 
 # %% ../nbs/43_loader.ipynb #1fd66994
-def _place(ds):
-    "Where a stream is, if it can tell and be brought back there"
-    if not (hasattr(ds, 'state_dict') and hasattr(ds, 'load_state_dict')): return None
-    state = ds.state_dict()
-    return None if 'BufferShuffled' in str(state) else state
+def _buffered(ds):
+    "Has a Hugging Face stream a shuffle buffer somewhere? Its state does not tell"
+    inside = [getattr(ds, k, None) for k in ('_ex_iterable', 'ex_iterable')] + list(getattr(ds, 'ex_iterables', ()))
+    return type(ds).__name__.startswith('BufferShuffled') or any(_buffered(o) for o in inside if o is not None)
 
 def _skip(stream, n, ds):
     warnings.warn(f'DataLoader: {type(ds).__name__} cannot be brought to a place in its middle: '
@@ -192,7 +192,7 @@ class DataLoader:
     def __getstate__(self): return {**self.__dict__, '_pool': None}     # a copy starts workers of its own
 
 # %% ../nbs/43_loader.ipynb #a4dc33e5
-def _has_epoch(batch_sampler): return isinstance(batch_sampler, Stream) or hasattr(batch_sampler, 'batches')
+def _has_epoch(batch_sampler): return isinstance(batch_sampler, Stream) or all(hasattr(batch_sampler, o) for o in ('batches', 'epoch'))
 
 def _check(ds, shuffle, sampler, batch_sampler, drop_last, num_workers, prefetch, context, seed_rows):
     "Say what cannot go together"

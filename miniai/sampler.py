@@ -33,7 +33,7 @@ class Order:
     def __iter__(self):
         order = self.order(self.epoch).tolist()
         self.epoch += 1
-        return iter(order)
+        yield from order
 
     def facts(self)->dict: # plain values
         "What the order depends on."
@@ -234,7 +234,7 @@ class BatchSampler:
     def __iter__(self):
         batches = self.batches(self.epoch)
         self.set_epoch(self.epoch + 1)
-        return iter(batches)
+        yield from batches
 
     def __len__(self):
         full, rest = divmod(len(self.sampler), self.bs)

@@ -140,7 +140,7 @@ def _serve(conn, number, work, parent):
 
 def _comes(conn, parent):
     "Wait for a message, as long as there is someone to send it"
-    while not conn.poll(5):
+    while not conn.poll(2):
         if os.getppid() != parent: return False
     return True
 
@@ -279,7 +279,7 @@ class Run:
         done = self.pool.runs[self.number] = {}
         try:
             self.fill()
-            while self.out:
+            while self.out or self.next:         # `next` is a task for which no worker has room yet
                 while self.wanted not in done: self._wait()
                 task, batch = self.out.popleft(), done.pop(self.wanted)
                 self.wanted += 1
