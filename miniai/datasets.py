@@ -255,7 +255,8 @@ def _keep_column(pieces, shape, dtype, file):
         with whole_file(file) as tmp, open(tmp, 'wb') as f:
             np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape))
             for o in pieces: f.write(np.ascontiguousarray(o.numpy()))
-    except OSError as e: raise OSError(f'{file} cannot be written: {e}; $MINIAI_CACHE names another folder, limit= allows more memory') from e
+    except OSError as e: raise OSError(
+        f'{file} cannot be written: {e}; $MINIAI_CACHE names another folder, limit= allows more memory') from e
     return _open_column(file)
 
 def _open_column(file):
@@ -373,8 +374,8 @@ def _check_labels(y, name, n):
 
 def _uneven(ds, name, feature):
     lengths = torch.cat([_lengths(getattr(o, 'storage', o)) for o in _arrays(ds, name)])
-    return (f'{name}: {feature} cannot be one tensor: its rows have {lengths.min():,} to {lengths.max():,} entries; pad=0 fills them up, batch by batch '
-            f'(pad={{{name!r}: 0}} only these), or give them one length with dd.map')
+    return (f'{name}: {feature} cannot be one tensor: its rows have {lengths.min():,} to {lengths.max():,} entries; '
+            f'pad=0 fills them up, batch by batch (pad={{{name!r}: 0}} only these), or give them one length with dd.map')
 
 # %% ../nbs/45_datasets.ipynb #a207d4b7
 def _steps(norms, as_tuple, augment, transform):
@@ -420,7 +421,7 @@ def _loader(rows, bs, first, drop_last, seed, num_workers, pad, device, steps, l
         return DataLoader(rows, bs, shuffle=first, drop_last=first and drop_last, seed=seed, num_workers=num_workers,
                           collate_fn=together, device=device, transform=steps)
     if device is not None or steps.takes_draw: raise ValueError(
-        "from_dd: only our loader moves batches to a device and has numbers for what draws; leave out loader=, or device= and the random augment=")
+        'from_dd: only our loader moves batches to a device, and has numbers for a transform that draws; leave out loader=, or these')
     if is_stream(rows): return loader(rows, batch_size=bs, num_workers=num_workers, collate_fn=Compose(together, steps))
     order = BatchSampler(Sampler(rows, first, seed), bs, first and drop_last)
     if together is None: return loader(rows, sampler=order, batch_size=None, num_workers=num_workers, collate_fn=steps)
@@ -487,7 +488,7 @@ def _about(dl, columns):
     if rows is None: return f'{len(dl):,} batches'
     if is_stream(rows): return 'batches of a stream'
     out = f'{len(dl):,} batches of {len(rows):,} rows'
-    if hasattr(rows, 'features'): return f'{out}, each read and transformed anew in every epoch (about PRICE times the time of rows in memory)'
+    if hasattr(rows, 'features'): return f'{out}, read row by row in every epoch: a hundred times the time from memory, or more'
     if not isinstance(rows, Dataset): return out
     each = [f'{k} {_short(c)}' + (f' of {len(columns[k])} classes' if columns.get(k) else '') for k,c in rows._items()]
     return f"{out}: {', '.join(each)}; {_size(sum(c.nbytes for _,c in rows._items()))}"
@@ -511,7 +512,8 @@ def show_batch(self:DataLoaders,
 # %% ../nbs/45_datasets.ipynb #f04ba45e
 def _named(batch, columns):
     "The batch as a dictionary; `Padded` entries as lists of rows without their filling"
-    entries = batch if isinstance(batch, dict) else dict(zip(columns if len(columns) == len(batch) else range(len(batch)), batch, strict=True))
+    keys = columns if len(columns) == len(batch) else range(len(batch))
+    entries = batch if isinstance(batch, dict) else dict(zip(keys, batch, strict=True))
     return {k: [x[:n] for x,n in zip(*o, strict=True)] if isinstance(o, Padded) else o for k,o in entries.items()}
 
 def _rows(batch): return len(next(iter(batch.values())))

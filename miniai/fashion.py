@@ -4,7 +4,7 @@
 
 # %% ../nbs/46_fashion.ipynb #4b4f27d9
 from __future__ import annotations
-import gzip, math, os, queue, struct, threading, warnings, zlib
+import gzip, math, queue, struct, threading, warnings, zlib
 from importlib.resources import files
 from pathlib import Path
 from urllib.request import Request, urlopen

@@ -610,7 +610,7 @@ def test_repr(sample):
     assert repr(m.DataLoaders.from_dd(sample)).split('\n')[1] == (
         '  train: 63 batches of 4,000 rows: image u8[1,28,28], label i64[] of 10 classes; 3.17 MB')
     own = repr(m.DataLoaders.from_dd(few(sample).with_transform(scale)))
-    assert '2 batches of 100 rows, each read and transformed anew in every epoch' in own
+    assert '2 batches of 100 rows, read row by row in every epoch: a hundred times' in own
 
 
 # the cache folder
