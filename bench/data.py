@@ -214,9 +214,10 @@ def main():
     slow = min(args.slow, len(x))
     rows = [*epochs(dd, x, y, slow, args.repeats), *decoding(dd, args.repeats), *around(x, y, slow, args.repeats, args.epochs)]
     write('data', 'Shuffled batches of Fashion-MNIST', ('what', 'rows', 'measured', 'beside', 'ratio', 'range', 'aim'), rows,
-          f'One thread, batches of {BS}: bytes gathered in a new random order, made floats, normalised. Rates are images, and a ratio to '
-          f'the limit is rate over rate in the same turn: 1 is as quick as the limit. Medians over {args.repeats} turns, in which all ways take '
-          'part in one process. Ways over PNG images decode them anew in each epoch, except through the bridge, which has decoded them once: '
-          'the two lines on that tell what it takes. With workers, starting them is part of the epoch.')
+          f'One thread, batches of {BS}: bytes gathered in a new random order, made floats, normalised. Rates are images, and a ratio '
+          'to the limit is rate over rate in the same turn: 1 is as quick as the limit. Medians over '
+          f'{args.repeats} turns, in which all ways take part in one process. Ways over PNG images decode them anew in each epoch, except '
+          'through the bridge, which has decoded them once: the two lines on that tell what it takes. '
+          'With workers, starting them is part of the epoch.')
 
 if __name__ == '__main__': main()

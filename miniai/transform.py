@@ -21,18 +21,22 @@ class Normalize:
         std,  # the same
     ):
         self.mean,self.std = (torch.as_tensor(o, dtype=torch.float32).reshape(-1) for o in (mean, std))
-        self.scale,self.shift = 1/(255*self.std), -self.mean/self.std
+        self._get_ready('cpu')
+
+    def _get_ready(self, device):
+        self.scale,self.shift = (o.view(-1, 1, 1).to(device) for o in (1/(255*self.std), -self.mean/self.std))
 
     @classmethod
     def measure(cls,
         x:Tensor, # (n, c, h, w) uint8
     ):
-        "With the mean and standard deviation of `x`."
-        counts = sum(_counts(o) for o in x.split(1024)).double()   # (c, 256)
+        "With the mean and standard deviation of `x`; of evenly spread rows of it if it is larger than 256 MB."
+        rows = x[::-(-x.nbytes // 2**28) or 1]
+        counts = sum(_counts(o) for o in rows.split(1024)).double()   # (c, 256)
         p, v = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.double, device=x.device) / 255
         mean = p @ v
         std = (p * (v - mean[:,None])**2).sum(1).sqrt()
-        return cls(mean.cpu(), std.clamp(min=1/255).cpu())         # a channel that never changes becomes 0, not nan
+        return cls(mean.cpu(), std.clamp(min=1/255).cpu())            # a channel that never changes becomes 0, not nan
 
     def __call__(self,
         batch, # (n, c, h, w) or (c, h, w) uint8, or a batch with such images in it
@@ -42,21 +46,20 @@ class Normalize:
     def images(self, x:Tensor)->Tensor:
         if x.dtype != torch.uint8 or len(self.mean) not in (1, x.shape[-3]): raise ValueError(
             f'Normalize: for bytes in {len(self.mean)} channels, got {_about(x)}')
-        scale, shift = _beside(x, self.scale, self.shift)
-        return x.float().mul_(scale).add_(shift)
+        if self.scale.device != x.device: self._get_ready(x.device)
+        return x.float().mul_(self.scale).add_(self.shift)
 
     def inverse(self,
         y:Tensor, # normalised
     )->Tensor:    # 0 to 1, to be looked at
         "Back to pixels."
-        mean, std = _beside(y, self.mean, self.std)
+        mean, std = (o.to(y.device).view(-1, 1, 1) for o in (self.mean, self.std))
         return y*std + mean
 
     def __repr__(self): return f'Normalize(mean={_round(self.mean)}, std={_round(self.std)})'
 
 # %% ../nbs/44_transform.ipynb #02d3602b
 def _counts(x): return torch.stack([x[:,c].flatten().bincount(minlength=256) for c in range(x.shape[1])])
-def _beside(x, *stats): return (o.to(x.device).view(-1, 1, 1) for o in stats)
 def _round(x): return [round(o, 4) for o in x.tolist()]
 def _about(x): return f"{'×'.join(f'{o:,}' for o in x.shape)} {x.dtype}"
 

@@ -217,6 +217,17 @@ def test_normalize_measures_in_pieces():
     torch.testing.assert_close(norm.mean, (x/255).mean((0, 2, 3)))
     torch.testing.assert_close(norm.std, (x/255).std((0, 2, 3), correction=0))
 
+def test_normalize_measures_evenly_spread_rows_of_much():
+    few, _ = batch((2, 3, 3), n=300)
+    class Big(torch.Tensor): nbytes = 3*2**28 - 5                   # says it is larger than it is
+    a, b = m.Normalize.measure(few.as_subclass(Big)), m.Normalize.measure(few[::3])
+    assert a.mean.equal(b.mean) and a.std.equal(b.std)
+
+def test_normalize_goes_to_the_device_and_back():
+    norm = m.Normalize(.3, .2)
+    x, _ = batch()
+    assert norm(x.to('meta')).device.type == 'meta' and norm(x).equal(m.Normalize(.3, .2)(x)) and norm.mean.device.type == 'cpu'
+
 def test_normalize_finds_the_images():
     x, y = batch()
     norm = m.Normalize(.5, .25)
