@@ -8,7 +8,6 @@ import random, warnings
 from collections import deque
 from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from itertools import count, islice
 import numpy as np, torch
@@ -20,7 +19,7 @@ from .sampler import Batches, BatchSampler, Sampler, batches_of, repeats
 from .workers import Pool, Run, Task, in_threads
 
 # %% auto #0
-__all__ = ['seed_row', 'kept_chance', 'seeded', 'do', 'is_stream', 'Stream', 'DataLoader']
+__all__ = ['seed_row', 'kept_chance', 'seeded', 'batch_of', 'is_stream', 'Stream', 'DataLoader']
 
 # %% ../nbs/43_loader.ipynb #68d9a0f9
 def seed_row(key:int):
@@ -42,7 +41,7 @@ def seeded(keys:list, rows):
     "The rows, the generators seeded before each."
     return (row for _,row in zip(map(seed_row, keys), rows, strict=True))
 
-def do(ds, collate_fn, seed_rows:bool, task:Task):
+def batch_of(ds, collate_fn, seed_rows:bool, task:Task):
     "The work of a task: its batch."
     rows = task.rows
     if task.items is not None: ds, rows = _over(ds, task.items), range(len(task.items))
@@ -112,7 +111,7 @@ class Stream:
         ds = self.ds
         if hasattr(ds, 'set_epoch'): ds.set_epoch(epoch)
         if mark is not None:
-            ds = copy(ds)                       # the original keeps its beginning
+            ds = _twin(ds)                      # the original keeps its beginning
             ds.load_state_dict(mark)
         stream = iter(ds)
         self._check_fresh(stream)
@@ -140,6 +139,12 @@ def _buffered(ds):
     "Has a Hugging Face stream a shuffle buffer somewhere? Its state does not tell"
     inside = [getattr(ds, k, None) for k in ('_ex_iterable', 'ex_iterable')] + list(getattr(ds, 'ex_iterables', ()))
     return type(ds).__name__.startswith('BufferShuffled') or any(_buffered(o) for o in inside if o is not None)
+
+def _twin(ds):
+    "Another object with the same attributes (`copy` would ask the class, and a Hugging Face stream gives a copy that shares its memory)"
+    twin = object.__new__(type(ds))
+    twin.__dict__.update(vars(ds))
+    return twin
 
 def _skip(stream, n, ds):
     warnings.warn(f'DataLoader: {type(ds).__name__} cannot be brought to a place in its middle: '
@@ -276,7 +281,7 @@ def _tasks(self:DataLoader, epoch, start, mark, marks):
 def _done(self:DataLoader, tasks):
     "Yields `(task, batch)`"
     ds = _over(self.ds, None) if self.stream else self.ds       # workers get the functions around a stream, not the stream
-    work, ahead = partial(do, ds, self.collate_fn, self.seed_rows), self.num_workers*self.prefetch
+    work, ahead = partial(batch_of, ds, self.collate_fn, self.seed_rows), self.num_workers*self.prefetch
     if not self.num_workers: return ((task, work(task)) for task in tasks)
     return in_threads(work, tasks, self.num_workers, ahead) if self.context == 'thread' else self._by_processes(work, tasks, ahead)
 

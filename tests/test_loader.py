@@ -385,6 +385,8 @@ def test_streams_are_the_same_for_any_number_of_workers_and_from_any_place(make,
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             all_same(list(again) + list(again), want[k:])
+            again.seek(0)
+            all_same(list(again), want[:13])                    # and the beginning is still where it was
 
 def test_a_stream_that_saves_its_place_is_not_read_again_and_another_says_so():
     dl = DataLoader(Saved(100), 5, True, buffer=20)
