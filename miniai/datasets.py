@@ -110,13 +110,14 @@ class _Colour(Exception): pass
 def _images(ds, name, feature, mode=None):
     "Encoded images as `u8 (k, c, h, w)` tensors, in order"
     from tqdm import tqdm
-    sizes, done, mode = {}, 0, mode or feature.mode
+    first = _decode(next(_arrays(ds, name, 1))[0].as_py(), 0, name, feature)
+    mode = mode or feature.mode or ('L' if _grey(first) else 'RGB')
+    step = max(1, min(_STEP, 2**26 // (4*first.width*first.height)))      # of large images fewer at a time: 64 MB
+    sizes, done = {}, 0
     with tqdm(total=len(ds), desc=name, unit=' images', leave=False, disable=None) as bar:
-        for cells in _arrays(ds, name, _STEP):
+        for cells in _arrays(ds, name, step):
             ims = ((i, _decode(cell, i, name, feature)) for i,cell in enumerate(cells.to_pylist(), done))
-            first = next(ims)
-            mode = mode or ('L' if _grey(first[1]) else 'RGB')
-            sheet = _sheet(chain([first], ims), len(cells), mode, mode == 'L' and not feature.mode, sizes)
+            sheet = _sheet(ims, len(cells), mode, mode == 'L' and not feature.mode, sizes)
             if len(sizes) == 1: yield sheet.movedim(-1, 1)
             done += len(cells)
             bar.update(len(cells))
