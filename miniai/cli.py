@@ -104,7 +104,8 @@ def train(
     from miniai import autograd
     from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, ProgressCB, RecordCB, SchedCB
     from miniai.core import set_seed
-    from miniai.datasets import SAMPLE, DataLoaders, fashion_mnist
+    from miniai.datasets import DataLoaders
+    from miniai.fashion import SAMPLE, fashion_mnist
     from miniai.learner import Learner
     from miniai.optim import SGD
     from miniai.schedule import one_cycle

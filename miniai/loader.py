@@ -49,7 +49,8 @@ def batch_of(ds, collate_fn, seed_rows:bool, task:Task):
     keys = Draw(task.seed, task.epoch, task.rows).keys.tolist()
     with kept_chance():
         seed_row(keys[0])            # for a data set that makes a list of rows in one go, see below
-        return fetch(ds, collate_fn, rows, partial(seeded, keys))
+        at_once = hasattr(ds, '__getitems__') and not hasattr(ds, 'each')
+        return fetch(ds, collate_fn, rows, iter if at_once else partial(seeded, keys))
 
 # %% ../nbs/43_loader.ipynb #454a2f17
 def is_stream(ds)->bool:
