@@ -237,7 +237,7 @@ def odd_data(tmp_path_factory):
     "Folders with data that is wrong in one way each, as a user may have made them"
     import numpy as np
     from datasets import ClassLabel, Dataset, Features, Image as HFImage
-    from miniai.datasets import FASHION
+    from miniai.fashion import FASHION
     root = tmp_path_factory.mktemp('data')
     features = Features(image=HFImage(), label=ClassLabel(names=FASHION))
     def image(side=28): return np.full((side, side), 7, np.uint8)
