@@ -1,5 +1,5 @@
 BIN := .venv/bin
-.PHONY: demo test check sweep libraries setup bench clean help
+.PHONY: demo test check sweep faults libraries setup bench clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,6 +19,9 @@ bench: .venv/.dev  ## measure, and write bench/results/
 
 sweep: .venv/.dev  ## the tape against all of PyTorch's own test material
 	@PYTHONPATH=. $(BIN)/python tests/sweep.py
+
+faults: .venv/.dev  ## kill real training processes, 20 times each, and compare to the bit
+	@PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
 
 libraries: .libraries/.made  ## transformers and timm on our engine, ours inside theirs, ours in ONNX
 	@PYTHONPATH=. $(BIN)/python tests/libraries.py

@@ -2,7 +2,8 @@
 import torch
 from miniai.backprop import CrossEntropy, Lin, Net, Relu
 from miniai.core import set_seed
-from miniai.datasets import SAMPLE, DataLoaders, fashion_mnist
+from miniai.datasets import DataLoaders
+from miniai.fashion import SAMPLE, fashion_mnist
 from miniai.optim import SGD
 
 set_seed(42)

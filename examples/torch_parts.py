@@ -2,7 +2,8 @@
 import torch
 from miniai.callbacks import MetricsCB
 from miniai.core import set_seed
-from miniai.datasets import SAMPLE, DataLoaders, fashion_mnist
+from miniai.datasets import DataLoaders
+from miniai.fashion import SAMPLE, fashion_mnist
 from miniai.learner import Learner
 
 set_seed(42)

@@ -99,7 +99,8 @@ def choose(flag:str, name:str):
 # %% ../nbs/80_cli.ipynb #829f0210
 def read_data(config:dict):
     "The loaders of a run."
-    from miniai.datasets import SAMPLE, DataLoaders, fashion_mnist
+    from miniai.datasets import DataLoaders
+    from miniai.fashion import SAMPLE, fashion_mnist
     data,bs = config['data'],config['bs']
     dd = fashion_mnist(SAMPLE if data == 'sample' else data)
     dls = DataLoaders.from_dd(dd, bs=bs, seed=config['seed'], num_workers=config['workers'])

@@ -69,8 +69,10 @@ def each(
 ):             # an iterator
     "The rows at `idxs`, one after the other: by the data set's own way if it has one, else by indexing."
     if hasattr(ds, 'each'): return ds.each(idxs)
-    if hasattr(ds, '__getitems__'): return iter(ds.__getitems__(idxs))
-    return (ds[i] for i in idxs)
+    if not hasattr(ds, '__getitems__'): return (ds[i] for i in idxs)
+    rows = list(ds.__getitems__(idxs))
+    if len(rows) != len(idxs): raise ValueError(f'{type(ds).__name__}.__getitems__ was asked for {len(idxs)} rows and gave {len(rows)}')
+    return iter(rows)
 
 # %% ../nbs/40_data.ipynb #510f677b
 class Subset:

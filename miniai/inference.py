@@ -121,7 +121,8 @@ def save(self:Learner,
     path = Path(path)
     part = path.with_name(path.name + '.part')
     tensors = {k: v.detach().cpu().contiguous() for k,v in self.model.state_dict().items()}
-    write_file(part, chunks(tensors, row=json.dumps(self.row)))
+    row = {k: v for k,v in self.row.items() if k != 'seconds'}          # the same model is the same file
+    write_file(part, chunks(tensors, row=json.dumps(row)))
     os.replace(part, path)
 
 @patch

@@ -5,8 +5,9 @@
 # %% ../nbs/43_loader.ipynb #5abdce9a
 from __future__ import annotations
 import random, warnings
+from collections import deque
+from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from itertools import count, islice
 import numpy as np, torch
@@ -18,7 +19,7 @@ from .sampler import Batches, BatchSampler, Sampler, batches_of, repeats
 from .workers import Pool, Run, Task, in_threads
 
 # %% auto #0
-__all__ = ['seed_row', 'kept_chance', 'seeded', 'do', 'is_stream', 'Stream', 'DataLoader']
+__all__ = ['seed_row', 'kept_chance', 'seeded', 'batch_of', 'is_stream', 'Stream', 'DataLoader']
 
 # %% ../nbs/43_loader.ipynb #68d9a0f9
 def seed_row(key:int):
@@ -40,7 +41,7 @@ def seeded(keys:list, rows):
     "The rows, the generators seeded before each."
     return (row for _,row in zip(map(seed_row, keys), rows, strict=True))
 
-def do(ds, collate_fn, seed_rows:bool, task:Task):
+def batch_of(ds, collate_fn, seed_rows:bool, task:Task):
     "The work of a task: its batch."
     rows = task.rows
     if task.items is not None: ds, rows = _over(ds, task.items), range(len(task.items))
@@ -48,7 +49,8 @@ def do(ds, collate_fn, seed_rows:bool, task:Task):
     keys = Draw(task.seed, task.epoch, task.rows).keys.tolist()
     with kept_chance():
         seed_row(keys[0])            # for a data set that makes a list of rows in one go, see below
-        return fetch(ds, collate_fn, rows, partial(seeded, keys))
+        at_once = hasattr(ds, '__getitems__') and not hasattr(ds, 'each')
+        return fetch(ds, collate_fn, rows, iter if at_once else partial(seeded, keys))
 
 # %% ../nbs/43_loader.ipynb #454a2f17
 def is_stream(ds)->bool:
@@ -80,7 +82,7 @@ class Stream:
         if bs < 1: raise ValueError(f'DataLoader: a batch has at least 1 row, bs is {bs}')
         self.ds,self.bs,self.drop_last,self.shuffle,self.seed = ds,bs,drop_last,shuffle,seed
         self.block = max(1, buffer//bs) if shuffle else 1      # in batches
-        self.epoch,self.marks,self.used = 0,{},False
+        self.epoch,self.used = 0,False
         self.saves = hasattr(ds, 'state_dict') and hasattr(ds, 'load_state_dict') and not _buffered(ds)
 
     def set_epoch(self, epoch:int): self.epoch = epoch
@@ -89,7 +91,7 @@ class Stream:
         epoch:int,
         start:int=0,  # the first batch wanted
         mark=None,    # the place in the stream where that batch's block begins, if it is known
-    ):                # yields `(rows, items)`: positions in the stream, and what was there
+    ):                # yields positions in the stream, the items there, and the mark of the batch that follows
         "Batches from `start` on."
         first, size = start//self.block, self.block*self.bs
         ds, stream = self._enter(epoch, first*size, mark)
@@ -99,8 +101,8 @@ class Stream:
             if not items: return
             for k,idxs in enumerate(Batches(self._order(epoch, b, len(items)), self.bs, self.drop_last), b*self.block):
                 if k < start: continue
-                self.marks[k+1] = before if (k+1) % self.block or not self.saves else ds.state_dict()
-                yield idxs + b*size, [items[i] for i in idxs.tolist()]
+                after = before if (k+1) % self.block or not self.saves else ds.state_dict()
+                yield idxs + b*size, [items[i] for i in idxs.tolist()], after
 
     def _order(self, epoch, b, n):
         return torch.randperm(n, generator=generator(self.seed, epoch, b)) if self.shuffle else torch.arange(n)
@@ -110,7 +112,7 @@ class Stream:
         ds = self.ds
         if hasattr(ds, 'set_epoch'): ds.set_epoch(epoch)
         if mark is not None:
-            ds = copy(ds)                       # the original keeps its beginning
+            ds = _twin(ds)                      # the original keeps its beginning
             ds.load_state_dict(mark)
         stream = iter(ds)
         self._check_fresh(stream)
@@ -138,6 +140,12 @@ def _buffered(ds):
     "Has a Hugging Face stream a shuffle buffer somewhere? Its state does not tell"
     inside = [getattr(ds, k, None) for k in ('_ex_iterable', 'ex_iterable')] + list(getattr(ds, 'ex_iterables', ()))
     return type(ds).__name__.startswith('BufferShuffled') or any(_buffered(o) for o in inside if o is not None)
+
+def _twin(ds):
+    "Another object with the same attributes (`copy` would ask the class, and a Hugging Face stream gives a copy that shares its memory)"
+    twin = object.__new__(type(ds))
+    twin.__dict__.update(vars(ds))
+    return twin
 
 def _skip(stream, n, ds):
     warnings.warn(f'DataLoader: {type(ds).__name__} cannot be brought to a place in its middle: '
@@ -185,7 +193,7 @@ class DataLoader:
 
     def __len__(self): return len(self.batch_sampler)
     def __repr__(self):
-        size = f'{len(self)} batches of ' if hasattr(self.batch_sampler, '__len__') and not self.stream else ''
+        size = '' if self._last() is None else f'{self._last()} batches of '
         work = f", {self.num_workers} {'threads' if self.context == 'thread' else 'workers'}" if self.num_workers else ''
         return f'DataLoader({size}{self.ds!r}, {self.batch_sampler!r}{work})'
 
@@ -230,7 +238,7 @@ def seek(self:DataLoader,
     if not self.stream and not repeats(self.batch_sampler):
         raise ValueError(f'DataLoader: {self.batch_sampler!r} draws from a global generator, its order cannot be had again; '
                          'miniai.sampler has samplers that are functions of (seed, epoch)')
-    last = len(self) if hasattr(self.batch_sampler, '__len__') and not self.stream else batch
+    last = batch if self._last() is None else self._last()
     if epoch < 0 or not 0 <= batch <= last: raise ValueError(f'DataLoader: no batch {batch} in epoch {epoch}: an epoch has {last} batches')
     self.set_epoch(epoch)
     self._start,self._mark,self._at = batch,mark,(epoch, batch, mark)
@@ -262,18 +270,19 @@ def load_state_dict(self:DataLoader,
 
 # %% ../nbs/43_loader.ipynb #c0bf1832
 @patch
-def _tasks(self:DataLoader, epoch, start, mark):
-    "What there is to do from batch `start` on"
-    if self.stream:
-        for rows,items in self.batch_sampler.read(epoch, start, mark): yield Task(self.seed, epoch, rows, items)
+def _tasks(self:DataLoader, epoch, start, mark, marks):
+    "What there is to do from batch `start` on; where a stream then is goes into `marks`, since it is read ahead"
+    if not self.stream: yield from (Task(self.seed, epoch, rows) for rows in batches_of(self.batch_sampler, epoch, start))
     else:
-        for rows in batches_of(self.batch_sampler, epoch, start): yield Task(self.seed, epoch, rows)
+        for rows,items,after in self.batch_sampler.read(epoch, start, mark):
+            marks.append(after)
+            yield Task(self.seed, epoch, rows, items)
 
 @patch
 def _done(self:DataLoader, tasks):
     "Yields `(task, batch)`"
     ds = _over(self.ds, None) if self.stream else self.ds       # workers get the functions around a stream, not the stream
-    work, ahead = partial(do, ds, self.collate_fn, self.seed_rows), self.num_workers*self.prefetch
+    work, ahead = partial(batch_of, ds, self.collate_fn, self.seed_rows), self.num_workers*self.prefetch
     if not self.num_workers: return ((task, work(task)) for task in tasks)
     return in_threads(work, tasks, self.num_workers, ahead) if self.context == 'thread' else self._by_processes(work, tasks, ahead)
 
@@ -301,16 +310,22 @@ def __iter__(self:DataLoader):
 
 @patch
 def _batches(self:DataLoader, epoch, start, mark):
-    last = None if self.stream else len(self) if hasattr(self.batch_sampler, '__len__') else None
-    for k,(task, batch) in enumerate(self._done(self._tasks(epoch, start, mark)), start+1):
-        self._at = (epoch+1, 0, None) if k == last else (epoch, k, self.batch_sampler.marks.pop(k, None) if self.stream else None)
+    last, marks = self._last(), deque()
+    for k,(task, batch) in enumerate(self._done(self._tasks(epoch, start, mark, marks)), start+1):
+        after = marks.popleft() if self.stream else None
+        self._at = (epoch+1, 0, None) if k == last else (epoch, k, after)
         yield self._finish(task, batch)
     self._at = epoch+1, 0, None
 
 @patch
+def _last(self:DataLoader):
+    "How many batches an epoch has, None where nobody knows"
+    return len(self) if hasattr(self.batch_sampler, '__len__') and not self.stream else None
+
+@patch
 def _finish(self:DataLoader, task, batch):
     "What is done to a batch in the main process"
-    if self.as_tuple: batch = tuple(batch.values())
+    if self.as_tuple and isinstance(batch, Mapping): batch = tuple(batch.values())
     if self.pin_memory: batch = map_tensors(lambda x: x.pin_memory(), batch)
     if self.device is not None: batch = to_device(batch, self.device)
     if self.transform is None: return batch

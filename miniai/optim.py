@@ -604,7 +604,8 @@ class _Plan:
         packs = [_Pack(part, [state[p] for p in part]) for same in together.values() for part in _portions(same)]
         self.packs = sorted(packs, key=lambda k: not k.several)       # those of several first
         self.packed = [p for k in self.packs if k.several for p in k.ps]
-        self.targets,self.gathered = ([o for k in self.packs if k.several for o in part(k)] for part in (lambda k: k.grads, lambda k: [k.grad]))
+        several = [k for k in self.packs if k.several]
+        self.targets,self.gathered = [g for k in several for g in k.grads],[k.grad for k in several]
         self.single = [k.ps[0] for k in self.packs if not k.several]
         self.strides = [p.stride() for p in self.single]
         self.members,self.views,self.states = ([o for k in self.packs for o in getattr(k, name)] for name in ('ps', 'views', 'states'))
@@ -699,8 +700,9 @@ def _counted(ps, states):
 
 def _fused_sgd(ps, gs, states, group):
     def kernel(ps, gs, bufs, first):
-        torch._fused_sgd_(ps, gs, bufs, lr=group['lr'], momentum=group['momentum'], dampening=group['dampening'], nesterov=group['nesterov'],
-                          weight_decay=group['weight_decay'], maximize=group['maximize'], is_first_step=first, grad_scale=None, found_inf=None)
+        torch._fused_sgd_(ps, gs, bufs, lr=group['lr'], momentum=group['momentum'], dampening=group['dampening'],
+                          nesterov=group['nesterov'], weight_decay=group['weight_decay'], maximize=group['maximize'],
+                          is_first_step=first, grad_scale=None, found_inf=None)
     if not group['momentum']: return kernel(ps, gs, [], False)
     old = ['momentum_buffer' in s for s in states]
     bufs = _bufs(ps, states, 'momentum_buffer')

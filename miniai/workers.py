@@ -4,7 +4,7 @@
 
 # %% ../nbs/42_workers.ipynb #baec1807
 from __future__ import annotations
-import io, multiprocessing as mp, os, pickle, signal, struct, traceback, weakref
+import io, multiprocessing as mp, os, pickle, signal, struct, time, traceback, weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -216,11 +216,18 @@ class Pool:
     def take(self, timeout:float=None):
         "Wait for the workers, and file what they say."
         if not self.alive: raise RuntimeError('DataLoader: the workers were stopped (by close(), or by another iteration that failed)')
-        ready = wait([w.conn for w in self.workers] + [w.process.sentinel for w in self.workers], timeout)
+        ready = self._ready(float('inf') if timeout is None else timeout)
         for w in self.workers:
             if w.conn in ready: self._file(w)
-            elif w.process.sentinel in ready: raise self._dead(w)
         return ready
+
+    def _ready(self, timeout):
+        end = time.monotonic() + timeout
+        while True:
+            if ready := wait([w.conn for w in self.workers], max(0, min(1, end - time.monotonic()))): return ready
+            dead = [w for w in self.workers if w.process.exitcode is not None]
+            if dead: raise self._dead(dead[0])
+            if time.monotonic() >= end: return []
 
     def _file(self, w):
         run, k, batch = self._guard(w, receive, w.conn)

@@ -1,5 +1,5 @@
 "The tape: in place, views, lifetimes, hooks, nesting, errors; PyTorch is the oracle."
-import copy, gc, io, threading, weakref
+import copy, gc, io, subprocess, sys, threading, weakref
 from contextlib import nullcontext
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -640,3 +640,35 @@ def test_data_parallel_is_refused(tmp_path):
         spread(torch.ones(3, 2)).sum().backward()
         assert spread.module.weight.grad.tolist() == [[3., 3.]]
     finally: torch.distributed.destroy_process_group()
+
+# -- the table, which three modules fill
+
+def python(code):
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+def test_a_row_put_in_before_the_rest_of_the_table_came_stays():
+    code = ('from miniai.rules import RULES, aten, rule\n'
+            'ours = aten.sin.default, aten.relu.default, aten.inverse.default\n'
+            'rule(ours, lambda g,y: g*2)\n'
+            'rows = [RULES[op] for op in ours]\n'
+            'import miniai.tape\n'
+            'assert [RULES[op] for op in ours] == rows\n'
+            'assert RULES[aten.gelu.default].plain and aten._linalg_det.default in RULES')
+    python(code)
+
+def test_no_operator_has_rows_in_two_modules():
+    code = ('import importlib\n'
+            'from miniai.rules import RULES\n'
+            'def taken():\n'
+            '    rows = [str(op) for op in RULES]\n'
+            '    RULES.clear()\n'
+            '    return rows\n'
+            'rows = taken()\n'
+            'for name in ("kernels", "linalg"):\n'
+            '    importlib.import_module(f"miniai.{name}")\n'
+            '    rows += taken()\n'
+            'print(len(rows), len(set(rows)))')
+    rows, operators = map(int, python(code).split())
+    assert rows == operators == len(RULES)

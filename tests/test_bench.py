@@ -4,7 +4,8 @@ import pytest
 from conftest import ROOT
 
 TOY = {'import_time': ['--repeats', '1'], 'autograd': ['--repeats', '1', '--seconds', '.01', '--small'],
-       'optim': ['--repeats', '1', '--seconds', '.001', '--small'], 'loop': ['--repeats', '1', '--seconds', '.001', '--small']}
+       'checkpoint': ['--repeats', '1', '--small'], 'optim': ['--repeats', '1', '--seconds', '.001', '--small'],
+       'loop': ['--repeats', '1', '--seconds', '.001', '--small'], 'data': ['--repeats', '1', '--epochs', '4', '--small']}
 
 @pytest.mark.parametrize('name', sorted(p.stem for p in (ROOT/'bench').glob('*.py') if p.stem != 'report'))
 def test_benchmark_runs(name, tmp_path):

@@ -1,10 +1,14 @@
 "The command as a shell sees it: what it writes, says and returns, for good input and bad."
-import fcntl, json, os, pty, signal, struct, subprocess, sys, termios, time
+import fcntl, json, os, pty, shutil, signal, struct, subprocess, sys, termios, time
 import pytest
 from PIL import Image
 
 ENV = {**os.environ, 'HF_HUB_OFFLINE': '1', 'COLUMNS': '100'}
 FILES = ['config.json', 'confusion.png', 'curves.png', 'examples', 'log.jsonl', 'model.safetensors', 'predictions.png']
+
+def files(run):
+    "What is in a run's folder, beside its checkpoints"
+    return sorted(p.name for p in run.iterdir() if not p.name.startswith('checkpoint-'))
 
 def miniai(*argv, cwd, **kw):
     return subprocess.run([sys.executable, '-m', 'miniai', *map(str, argv)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300, **kw)
@@ -18,11 +22,13 @@ def trained(tmp_path_factory):
     for out, seed in (('a', 1), ('b', 1), ('c', 2)):
         done = miniai('train', '--epochs', 1, '--model', 'mlp', '--data', 'sample', '--out', out, '--seed', seed, cwd=cwd)
         assert done.returncode == 0, done.stderr
+    (cwd/'odd.json').write_text('{"epoch": 3}')
+    (cwd/'many.json').write_text('{"epochs": "many"}')
     return cwd, done
 
 def test_a_run_folder_has_everything(trained):
     cwd, done = trained
-    assert sorted(p.name for p in (cwd/'a').iterdir()) == FILES
+    assert files(cwd/'a') == FILES and sorted(p.name for p in (cwd/'a').glob('checkpoint-*')) == ['checkpoint-0', 'checkpoint-32']
     for name in ('curves', 'predictions', 'confusion'):
         im = Image.open(cwd/'a'/f'{name}.png').convert('L')
         assert im.width > 400 and len(set(im.resize((50, 50)).tobytes())) > 10          # a picture with something in it
@@ -73,7 +79,22 @@ def test_predict_takes_images_of_any_size_colour_and_background(trained):
     ('train --seed -1', '--seed is a whole number from 0 up, it is -1'),
     ('train --device gpu', 'device gpu is not to be had here'),
     ('train --data nowhere', 'nowhere is not a folder'),
-    ('train --data sample --out a', 'a holds a run already; choose another --out'),
+    ('train --data sample --out a', 'a holds a run already; choose another --out, or go on with: miniai resume a'),
+    ('train --opt adamv', '--opt adamv is not known; did you mean adamw?'),
+    ('train --sched one-cicle', '--sched one-cicle is not known; did you mean one-cycle?'),
+    ('train --amp bf61', '--amp bf61 is not known; did you mean bf16?'),
+    ('train --ema 1', '--ema is the share of the average that a step leaves, between 0 and 1, it is 1.0'),
+    ('train --workers -1', '--workers is a number of processes from 0 up, it is -1'),
+    ('train --checkpoint -1', '--checkpoint is a number of batches from 0 up, it is -1'),
+    ('train --config nowhere.json', 'there is no file nowhere.json'),
+    ('train --config a/model.safetensors', 'a/model.safetensors is no JSON'),
+    ('train --config odd.json', 'odd.json: there is no epoch; did you mean epochs?'),
+    ('train --config many.json', "invalid int value: 'many'"),
+    ('train --resume a --lr .2', '--lr: a run goes on as it began, with what a/config.json says; leave it out'),
+    ('train --resume nowhere', 'nowhere is no run: it has no config.json; miniai train makes one'),
+    ('resume nowhere', 'nowhere is no run: it has no config.json; miniai train makes one'),
+    ('resume', 'the following arguments are required: run'),
+    ('eval nowhere', 'nowhere is no finished run: it has no config.json; miniai train makes one'),
     ('train --data sample --out a/config.json/b', 'cannot write the run to a/config.json/b'),
     ('predict a', 'which images? for example: miniai predict a'),
     ('predict', 'the following arguments are required: run'),
@@ -127,9 +148,77 @@ def test_a_terminal_gets_a_bar_with_loss_and_speed(tmp_path):
 def test_ctrl_c_in_mid_epoch_saves_what_is_trained_and_says_so(tmp_path):
     shown, code = in_terminal('train', '--epochs', 50, '--data', 'sample', '--out', 'r', cwd=tmp_path, until='epoch 2/50', send=signal.SIGINT)
     assert code == 130 and 'what was trained so far is saved' in shown and 'Traceback' not in shown
-    assert sorted(p.name for p in (tmp_path/'r').iterdir()) == FILES
+    assert files(tmp_path/'r') == FILES and 'miniai resume r' in shown
     assert 1 <= len(log(tmp_path/'r')) < 50
     assert miniai('predict', 'r', 'r/examples/bag.png', cwd=tmp_path).returncode == 0
+
+def weights(run): return (run/'model.safetensors').read_bytes()
+
+def timeless(run): return [{k: v for k,v in row.items() if k != 'seconds'} for row in log(run)]
+
+ASKED = '--epochs 3 --model cnn --data sample --opt adamw --sched wsd --amp bf16 --ema .9 --checkpoint 5 --bs 256 --seed 3'.split()
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run that nobody disturbed"
+    cwd = tmp_path_factory.mktemp('whole')
+    done = miniai('train', *ASKED, '--out', 'whole', cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd/'whole'
+
+def stopped(cwd, sig, when):
+    "A run that a signal ends when there is the checkpoint `when`; what it said, and its exit code"
+    p = subprocess.Popen([sys.executable, '-m', 'miniai', 'train', *ASKED, '--out', 'r'], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (cwd/'r'/when).exists() and p.poll() is None and time.monotonic() < deadline: time.sleep(.002)
+    p.send_signal(sig)
+    out, err = p.communicate(timeout=60)
+    return out + err, p.returncode
+
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(whole, tmp_path):
+    said, code = stopped(tmp_path, signal.SIGTERM, 'checkpoint-5')
+    assert code == 0 and 'SIGTERM: saved r/checkpoint-' in said and 'to go on: miniai resume r' in said and 'Traceback' not in said
+    unfinished = miniai('predict', 'r', 'x.png', cwd=tmp_path)
+    assert unfinished.returncode == 2 and 'it has no model.safetensors; miniai resume r goes on with it' in unfinished.stderr
+    done = miniai('resume', 'r', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path/'r') == weights(whole) and timeless(tmp_path/'r') == timeless(whole)
+
+def test_a_killed_run_goes_on_too(whole, tmp_path):
+    _, code = stopped(tmp_path, signal.SIGKILL, 'checkpoint-20')
+    assert code == -signal.SIGKILL
+    done = miniai('train', '--resume', 'r', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path/'r') == weights(whole) and timeless(tmp_path/'r') == timeless(whole)
+
+def test_a_finished_run_becomes_longer(trained, tmp_path):
+    shutil.copytree(trained[0]/'a', tmp_path/'a')
+    done = miniai('resume', 'a', '--epochs', 2, cwd=tmp_path)
+    assert done.returncode == 0 and len(log(tmp_path/'a')) == 2 and json.loads((tmp_path/'a/config.json').read_text())['epochs'] == 2
+    assert timeless(tmp_path/'a')[:1] == timeless(trained[0]/'a')
+
+def test_a_config_is_passed_back_and_flags_come_first(trained, tmp_path):
+    config = trained[0]/'a/config.json'
+    assert miniai('train', '--config', config, '--out', 'same', cwd=tmp_path).returncode == 0
+    assert weights(tmp_path/'same') == weights(trained[0]/'a') and json.loads((tmp_path/'same/config.json').read_text()) == json.loads(config.read_text())
+    assert miniai('train', '--config', config, '--out', 'other', '--seed', 2, cwd=tmp_path).returncode == 0
+    assert weights(tmp_path/'other') == weights(trained[0]/'c')
+
+def test_eval_says_how_good_a_run_is(trained, whole):
+    done = miniai('eval', 'a', cwd=trained[0])
+    assert done.returncode == 0 and f"{log(trained[0]/'a')[-1]['valid_accuracy']:.2%} of 1,000 test images are right; loss " in done.stdout
+    said = json.loads(miniai('eval', 'whole', '--json', cwd=whole.parent).stdout)
+    assert said['images'] == 1000 and abs(said['valid_loss'] - log(whole)[-1]['valid_loss']) < .05       # the average was saved; half precision was not asked for
+    said = json.loads(miniai('eval', 'a/checkpoint-32', '--json', cwd=trained[0]).stdout)
+    assert said['valid_accuracy'] == log(trained[0]/'a')[-1]['valid_accuracy']
+
+def test_a_program_gets_json_and_nobody_gets_nothing(tmp_path):
+    done = miniai('train', '--epochs', 1, '--model', 'mlp', '--data', 'sample', '--out', 'r', '--json', cwd=tmp_path)
+    said = json.loads(done.stdout)
+    assert (said['run'], said['interrupted'], said['epochs']) == ('r', False, log(tmp_path/'r')) and .5 < said['accuracy'] < 1
+    assert miniai('train', '--epochs', 1, '--model', 'mlp', '--data', 'sample', '--out', 'q', '--quiet', cwd=tmp_path).stdout == ''
+    lines = [json.loads(line) for line in miniai('predict', 'r', 'r/examples/bag.png', 'r/examples/coat.png', '--json', cwd=tmp_path).stdout.splitlines()]
+    assert [line['image'] for line in lines] == ['r/examples/bag.png', 'r/examples/coat.png'] and all(0 < p <= 1 for line in lines for p in line['said'].values())
 
 def test_ctrl_c_before_training_leaves_quietly(tmp_path):
     p = subprocess.Popen([sys.executable, '-c', 'import miniai.cli, os, signal\n'
@@ -148,7 +237,7 @@ def odd_data(tmp_path_factory):
     "Folders with data that is wrong in one way each, as a user may have made them"
     import numpy as np
     from datasets import ClassLabel, Dataset, Features, Image as HFImage
-    from miniai.datasets import FASHION
+    from miniai.fashion import FASHION
     root = tmp_path_factory.mktemp('data')
     features = Features(image=HFImage(), label=ClassLabel(names=FASHION))
     def image(side=28): return np.full((side, side), 7, np.uint8)

@@ -3,7 +3,7 @@ import random
 from collections import OrderedDict, namedtuple
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
-from miniai.core import Draw, batch_size, default_device, did_you_mean, generator, map_tensors, scramble, set_seed, to_device
+from miniai.core import Draw, _two, batch_size, default_device, did_you_mean, generator, map_tensors, scramble, set_seed, to_device
 
 def draws(): return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
@@ -104,6 +104,11 @@ def test_beta_and_normal_are_distributed_like_numpys(a):
 @given(st.integers(1, 300), st.integers(0, 9))
 def test_partner_is_a_permutation(n, epoch):
     assert Draw(0, epoch, range(n)).partner().sort().values.tolist() == list(range(n))
+
+def test_the_two_uniforms_of_a_normal_share_no_bit():
+    bits = Draw(0, 0, range(N)).bits()
+    u, v = (o.double()*2**24 for o in _two(bits))
+    assert torch.equal(u.long() << 24 | v.long(), bits >> 16 & 2**48-1)
 
 def test_partners_are_any_order_equally_often():
     orders = [tuple(Draw(0, e, range(4)).partner().tolist()) for e in range(4800)]

@@ -2,7 +2,7 @@
 import warnings
 from collections import OrderedDict, UserDict, namedtuple
 import numpy as np, PIL.Image, pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from miniai.core import generator, to_device
 from miniai.data import ConcatDataset, Dataset, MapDataset, Padded, Subset, collate, each, fetch, join, pad_collate, split, stratified, whole
 from torch.utils import data as torch_data
@@ -97,6 +97,7 @@ def test_tensors_and_arrays_are_data_sets(tmp_path):
 @given(st.integers(1, 300), st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 9))
 def test_fractions_are_shared_like_pytorchs_to_a_row_and_nothing_is_lost(n, parts, seed):
     sizes = [p/sum(parts) for p in parts]
+    assume(sum(sizes) <= 1)                           # PyTorch refuses a rounding error above 1
     ours = split(range(n), sizes, seed)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')           # PyTorch warns of empty parts

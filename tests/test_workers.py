@@ -174,6 +174,20 @@ def test_a_worker_killed_from_outside_while_it_works_or_waits():
         with pytest.raises(RuntimeError, match='SIGKILL while it had rows' if victim == 'busy' else 'SIGKILL between two tasks'): next(it)
         assert time.perf_counter() - started < 5 and not children()
 
+def test_a_worker_that_dies_and_leaves_a_child_that_holds_its_pipe():
+    a, b = mp.Pipe()
+    class Forks:
+        def __call__(self, task):
+            if child := os.fork():
+                b.send(child)
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+            os._exit(0)
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match='SIGKILL while it had rows'): list(Run(Pool(Forks(), 1, 'fork'), tasks(1), 1))
+    assert time.perf_counter() - started < 5
+    os.kill(a.recv(), signal.SIGKILL)
+
 def test_patience_ends_where_it_is_said_to():
     class Hangs:
         def __call__(self, task): time.sleep(60)

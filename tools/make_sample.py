@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np, pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from miniai.datasets import DEBIAN, FASHION, SAMPLE, _idx_pair, _to_hf
+from miniai.fashion import DEBIAN, FASHION, SAMPLE, _idx_pair, _to_hf
 
 PER_CLASS = dict(train=400, test=100)
 
