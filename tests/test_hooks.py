@@ -33,7 +33,7 @@ def new_learner(*cbs, model=None, **kw):
 @pytest.mark.parametrize('backward', [False, True])
 def test_hooks_hear_and_are_gone_after_the_block_whatever_happens_in_it(t, backward):
     model,heard = mlp(t),[]
-    def call(): model(torch.randn(3, 8)).sum().backward()
+    def call(): model(torch.randn(3, 8, requires_grad=True)).sum().backward()
     with pytest.raises(ZeroDivisionError), Hooks(model, lambda hook, m, a, b: heard.append(m), backward):
         call()
         assert heard == (list(model)[::-1] if backward else list(model))
