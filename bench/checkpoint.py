@@ -65,7 +65,7 @@ def main():
             'verified and read back, ms')
     write('checkpoint', 'What a checkpoint costs', head, rows,
           'Medians, and the range. Weights, two moments of AdamW, generators and the rest. `torch.save` writes weights and moments as a '
-          "pickle and leaves them to the system's memory; in the next column it also waits for the disk and renames. Ours does, and makes and "
-          'checks SHA-256 sums.')
+          "pickle and leaves them to the system's memory; in the next column it also waits for the disk and renames. Ours does, "
+          'and makes and checks SHA-256 sums.')
 
 if __name__ == '__main__': main()

@@ -153,8 +153,9 @@ def _seal(body): return hashlib.sha256(body.encode()).hexdigest()
 
 # %% ../nbs/54_checkpoint.ipynb #51c55388
 def is_pickle(path)->bool:
-    "Does it begin as `pickle` or `torch.save` begin a file?"
-    with open(path, 'rb') as f: return f.read(4).startswith((b'PK\x03\x04', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05'))
+    "Does it begin as `pickle` or `torch.save` begin a file? (A safetensors file of some lengths does, but has a brace after eight bytes.)"
+    with open(path, 'rb') as f: head = f.read(9)
+    return head.startswith((b'PK\x03\x04', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')) and head[8:] != b'{'
 
 # %% ../nbs/54_checkpoint.ipynb #a06f5429
 class CheckpointError(ValueError): "Something that is no whole checkpoint of ours, and why"

@@ -1,10 +1,10 @@
 "Runs that are stopped anywhere and taken up again end with the weights, rows and losses of a run that nobody disturbed: equal to the bit."
-import json, os, signal, subprocess, sys, threading
+import json, os, pickle, signal, subprocess, sys, threading
 from itertools import product
 import pytest, torch
 from miniai import nn, optim
 from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, RecordCB, SchedCB, ScheduleFreeCB
-from miniai.checkpoint import CheckpointCB, CheckpointError, best_checkpoint, checkpoints, chunks, fold, newest, open_checkpoint, unfold
+from miniai.checkpoint import CheckpointCB, CheckpointError, best_checkpoint, checkpoints, chunks, fold, is_pickle, newest, open_checkpoint, unfold
 from miniai.data import Dataset, MapDataset
 from miniai.datasets import DataLoaders
 from miniai.learner import Callback, Learner
@@ -153,6 +153,18 @@ def test_tensors_are_read_by_the_safetensors_library(tmp_path):
     for k,x in load_file(tmp_path/'x').items(): assert torch.equal(x.view(torch.uint8), tensors[k].view(torch.uint8)) and x.dtype == tensors[k].dtype
     header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
     assert all(header[k]['data_offsets'][0] % x.element_size() == 0 for k,x in tensors.items())
+
+def test_no_length_of_a_header_makes_a_pickle_of_it(tmp_path):
+    for n in range(1, 1500, 3):
+        data = b''.join(bytes(c) for c in chunks({'x'*n: torch.zeros(1)}))
+        (tmp_path/'x').write_bytes(data)
+        assert not is_pickle(tmp_path/'x'), data[:9]
+    for protocol in (2, 3, 4, 5):
+        (tmp_path/'x').write_bytes(pickle.dumps({'a': torch.zeros(3)}, protocol))
+        assert is_pickle(tmp_path/'x')
+    for zipped in (True, False):
+        torch.save({'a': torch.zeros(3)}, tmp_path/'x', _use_new_zipfile_serialization=zipped)
+        assert is_pickle(tmp_path/'x')
 
 def saved(run, *cbs, **kw):
     "A run with some checkpoints, ended in its second epoch"
