@@ -15,7 +15,7 @@ from .schedule import one_cycle, turn
 
 # %% auto #0
 __all__ = ['DeviceCB', 'MetricsCB', 'column', 'on_device', 'plain', 'RecordCB', 'SchedCB', 'ScheduleFreeCB', 'table_row',
-           'table_head', 'ProgressCB', 'add_lines', 'LogCB', 'InterruptCB']
+           'table_head', 'size', 'ProgressCB', 'add_lines', 'LogCB', 'InterruptCB']
 
 # %% ../nbs/51_callbacks.ipynb #188a3c2e
 class DeviceCB(Callback):
@@ -168,6 +168,12 @@ def table_head(row:dict)->str:
     return '  '.join(k.rjust(6) for k in row)
 
 # %% ../nbs/51_callbacks.ipynb #90669293
+def size(dl)->int|None:
+    "How many batches a loader has, where it can tell."
+    try: return len(dl)
+    except TypeError: return None
+
+# %% ../nbs/51_callbacks.ipynb #ffaa5d73
 class ProgressCB(Callback):
     "A bar with loss and speed in a terminal; one quiet row an epoch everywhere else."
     order = 20
@@ -188,18 +194,16 @@ class ProgressCB(Callback):
 
     def before_train(self, learn):
         if self.bar is None: return
-        self.rows,self.start,self.shown = 0,time.perf_counter(),0.
-        self.bar.reset(total=len(learn.dl))
+        self.at,self.start,self.shown = None,time.perf_counter(),0.
+        self.bar.reset(total=size(learn.dl))
         self.bar.set_description_str(f"epoch {learn.epoch+1}/{learn.epochs} {'train' if learn.training else 'valid'}")
     before_valid = before_train
 
     def after_batch(self, learn):
-        if self.bar is None: return
-        self.rows += batch_size(learn.batch)
-        now = time.perf_counter()
-        if now-self.shown > .2:
-            self.shown = now
-            self.bar.set_postfix_str(f'loss {learn.loss.item():.3f}, {self.rows/(now-self.start):,.0f} rows/s', refresh=False)
+        if self.bar is None or (now := time.perf_counter())-self.shown < .2: return
+        self.shown,self.at = now,learn.iter if self.at is None else self.at
+        speed = (learn.iter+1-self.at)*batch_size(learn.batch)/(now-self.start)
+        self.bar.set_postfix_str(f'loss {learn.loss.item():.3f}, {speed:,.0f} rows/s', refresh=False)
         self.bar.update(learn.iter + 1 - self.bar.n)
 
     def cleanup_epoch(self, learn):

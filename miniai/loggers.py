@@ -8,6 +8,7 @@ import csv, math, os, threading, time
 from importlib import import_module
 from pathlib import Path
 import torch
+from .callbacks import size
 from .learner import Callback, CancelFitException
 
 # %% auto #0
@@ -180,7 +181,7 @@ class LivePlotCB(Callback):
     def after_batch(self, learn):
         if not learn.training: return
         self.waiting.append(learn.loss.detach())
-        if self.live and time.perf_counter() >= self.next: self.draw(learn, learn.epoch-1 + (learn.iter+1)/len(learn.dl))
+        if self.live and time.perf_counter() >= self.next: self.draw(learn, learn.epoch-1 + (learn.iter+1)/(size(learn.dl) or learn.iter+2))
 
     def cleanup_epoch(self, learn):
         if self.live: self.draw(learn, learn.epoch)

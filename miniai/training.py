@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from .callbacks import size
 from .core import batch_size, did_you_mean
 from .hooks import untouched
 from .learner import Callback, CancelFitException, Learner
@@ -18,8 +19,8 @@ from .optim import clip_grad_norm_, clip_grad_value_
 from .schedule import exponential, turn
 
 # %% auto #0
-__all__ = ['HALVES', 'rows', 'tokens', 'AccumulateCB', 'size', 'ClipCB', 'EMACB', 'held', 'AmpCB', 'EarlyStopCB', 'TimerCB',
-           'smoothed', 'LRFind']
+__all__ = ['HALVES', 'rows', 'tokens', 'AccumulateCB', 'ClipCB', 'EMACB', 'held', 'AmpCB', 'EarlyStopCB', 'TimerCB', 'smoothed',
+           'LRFind']
 
 # %% ../nbs/53_training.ipynb #49b3318f
 def rows(learn)->int:
@@ -89,11 +90,6 @@ class AccumulateCB(Callback):
     def state_dict(self): return dict(count=self.count, total=self.total, unit=self.unit)
     def load_state_dict(self, state): self.count,self.total,self.unit = (state[k] for k in ('count', 'total', 'unit'))
     def __repr__(self): return f'AccumulateCB({self.n})'
-
-def size(dl)->int|None:
-    "How many batches a loader has, where it can tell."
-    try: return len(dl)
-    except TypeError: return None
 
 # %% ../nbs/53_training.ipynb #6e89e54e
 class ClipCB(Callback):

@@ -314,6 +314,15 @@ def test_progress_in_a_real_terminal_shows_loss_and_speed_and_leaves_a_table():
     shown = b''.join(chunks).decode()
     assert 'epoch 1/2 train' in shown and 'epoch 2/2 valid' in shown and 'loss' in shown and 'rows/s' in shown and 'seconds' in shown
 
+def test_progress_of_a_stream_counts_without_an_end():
+    class Screen(io.StringIO):
+        def isatty(self): return True
+    xy = points(20, 0)[:]
+    class Stream:
+        def __iter__(self): return iter([xy]*3)
+    Learner(new_model(), SimpleNamespace(train=Stream(), valid=Stream()), cbs=[MetricsCB(), RecordCB(), ProgressCB(screen := Screen())]).fit(1)
+    assert 'epoch 1/1 train' in screen.getvalue() and 'rows/s' in screen.getvalue()
+
 class Press(Callback):
     "Ctrl-C, the real signal, during the third training batch"
     def after_loss(self, learn):

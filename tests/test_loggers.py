@@ -258,6 +258,13 @@ def test_a_live_plot_grows_with_the_run_whoever_else_is_there(cbs):
     learn.fit(2)
     assert len(ends) == 2*7+2 and ends == pytest.approx(sorted(ends)) and ends[0] == pytest.approx(-1 + 1/7) and ends[-1] == 1 and not plt.get_fignums()
 
+def test_a_live_plot_of_a_stream():
+    xy,figs = rows(20, 0)[:],[]
+    class Stream:
+        def __iter__(self): return iter([xy]*3)
+    Learner(Sequential(Linear(8, 4)), SimpleNamespace(train=Stream(), valid=[xy]), cbs=[LivePlotCB(share=1e9, show=figs.append)]).fit(2)
+    assert len(figs) == 2*3+2
+
 def test_drawing_takes_no_more_than_its_share_of_the_time():
     import time
     figs = []
