@@ -128,11 +128,11 @@ def _survivor(e):
     except Exception: return None
 
 # %% ../nbs/42_workers.ipynb #f4ff7635
-def _serve(conn, number, work, parent):
+def _serve(conn, number, work, parent, ours=None):
     "A worker's life"
+    if ours is not None: ours.close()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
     try:
         if work is None: work = _opened(conn)
         while _comes(conn, parent): _answer(conn, number, work, receive(conn))
@@ -165,7 +165,7 @@ class _Worker:
     def __init__(self, ctx, number, work, parcel):
         self.number,self.tasks = number,deque()
         self.conn, theirs = ctx.Pipe()
-        args = theirs, number, None if parcel else work, os.getpid()
+        args = theirs, number, None if parcel else work, os.getpid(), None if parcel else self.conn       # a parcel: not forked
         self.process = ctx.Process(target=_serve, args=args, daemon=True, name=f'miniai-worker-{number}')
         self.process.start()
         theirs.close()
@@ -252,10 +252,8 @@ def _stop(workers, owner):
     if os.getpid() != owner: return
     for w in workers:
         w.conn.close()
-        w.process.terminate()
+        w.process.kill()
     for w in workers:
-        w.process.join(5)
-        if w.process.is_alive(): w.process.kill()
         w.process.join()
         w.process.close()
     workers.clear()

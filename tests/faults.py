@@ -59,7 +59,7 @@ def live(run, cbs, step=None, **kw):
 def born(*args, **kw):
     "The process of a life"
     if pid := os.fork(): return pid
-    sys.stderr = open(os.devnull, 'w')
+    for fd in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
     try: live(*args, **kw)
     except BaseException: os._exit(1)
     os._exit(0)

@@ -327,6 +327,30 @@ def test_sigterm_saves_after_the_batch_says_how_to_go_on_and_exits_0(n, tmp_path
     learn.fit(EPOCHS, resume=True)
     same(result(learn), undisturbed())
 
+GROUP = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_checkpoint import *
+class Alarm:
+    "In a worker, when the main process waits for it: SIGTERM to all"
+    seen = 0
+    def __call__(self, row):
+        self.seen += 1
+        if self.seen == 20:
+            time.sleep(.7)
+            os.killpg(0, signal.SIGTERM)
+        return row
+learn = new(Path({run!r}), loader=lambda ds, train: DataLoader(MapDataset(ds, Alarm()), 16, shuffle=train, num_workers=2, prefetch=1))
+learn.fit(EPOCHS)
+"""
+
+def test_sigterm_to_all_processes_at_once_is_the_main_ones_to_answer(tmp_path):
+    code = GROUP.format(tests=os.path.dirname(__file__), run=str(tmp_path/'r'))
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert done.returncode == 0 and 'SIGTERM: saved' in done.stderr, done.stderr
+    assert newest(tmp_path/'r').place[:2] == (0, 'train')
+
 def test_sigterm_with_a_full_disk_is_no_success(tmp_path, monkeypatch):
     from miniai import checkpoint
     def no(*_): raise OSError(28, 'No space left on device')

@@ -269,3 +269,16 @@ def test_a_forked_copy_leaves_the_workers_alone():
     assert os.waitpid(child, 0)[1] == 0
     assert [b.tolist() for _,b in Run(pool, tasks(1), 1)] == [[0, 1, 4]]
     pool.close()
+
+HALF = """
+import os, signal, torch
+from miniai.workers import Pool
+pool = Pool(abs, 2, 'fork')
+print(*[w.process.pid for w in pool.workers], flush=True)
+for w in pool.workers: os.write(w.conn.fileno(), bytes(2))       # of a message's length, which is told in four
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+def test_half_a_message_of_a_killed_main_process_is_not_waited_for():
+    p = subprocess.run([sys.executable, '-c', HALF], stdout=subprocess.PIPE, text=True, timeout=30)         # until the last that holds its output has gone
+    assert p.returncode == -signal.SIGKILL and len(p.stdout.split()) == 2
