@@ -1,10 +1,11 @@
 "Runs that are stopped anywhere and taken up again end with the weights, rows and losses of a run that nobody disturbed: equal to the bit."
-import json, os, pickle, signal, subprocess, sys, threading
+import json, os, pickle, shutil, signal, subprocess, sys, threading
 from itertools import product
 import pytest, torch
+from safetensors.torch import load_file
 from miniai import nn, optim
 from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, RecordCB, SchedCB, ScheduleFreeCB
-from miniai.checkpoint import CheckpointCB, CheckpointError, best_checkpoint, checkpoints, chunks, fold, is_pickle, newest, open_checkpoint, unfold
+from miniai.checkpoint import CheckpointCB, CheckpointError, best_checkpoint, checkpoints, chunks, fold, is_pickle, newest, open_checkpoint, set_chance, unfold
 from miniai.data import Dataset, MapDataset
 from miniai.datasets import DataLoaders
 from miniai.learner import Callback, Learner
@@ -146,7 +147,6 @@ def test_what_no_file_can_hold_is_told():
     with pytest.raises(TypeError, match='x is torch.complex64, which a safetensors file cannot hold'): list(chunks(dict(x=torch.zeros(2, dtype=torch.complex64))))
 
 def test_tensors_are_read_by_the_safetensors_library(tmp_path):
-    from safetensors.torch import load_file
     tensors = {str(d): torch.randn(3, 5).mul(9).to(d) for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)}
     data = b''.join(bytes(c) for c in chunks(tensors))
     (tmp_path/'x').write_bytes(data)
@@ -173,7 +173,6 @@ def saved(run, *cbs, **kw):
     return learn
 
 def test_a_checkpoint_opens_elsewhere(tmp_path):
-    from safetensors.torch import load_file
     learn = saved(tmp_path/'r')
     state = load_file(newest(tmp_path/'r').folder/'model.safetensors')
     assert state.keys() == learn.model.state_dict().keys()
@@ -382,3 +381,23 @@ def test_a_run_that_stopped_early_stays_so(tmp_path):
     again = new(tmp_path/'r', *cbs())
     again.fit(EPOCHS, resume=True)
     same(result(again), result(learn))
+
+def test_a_run_that_ends_before_its_first_epochs_checkpoint_begins_as_it_began(tmp_path):
+    "Its line is in the log already, its weights came from no seed"
+    class Cut(Callback):
+        order = 50
+        def cleanup_epoch(self, learn): raise KeyboardInterrupt
+    def learner(*cbs):
+        learn = new(None, *cbs, LogCB(tmp_path/'log.jsonl'), CheckpointCB(tmp_path/'r'))
+        torch.nn.init.normal_(learn.model[-1].weight, std=.1, generator=torch.Generator().manual_seed(torch.seed() % 2**60))
+        return learn
+    first = learner(Cut())
+    with pytest.raises(KeyboardInterrupt): first.fit(EPOCHS)
+    shutil.copytree(tmp_path/'r'/'checkpoint-0', tmp_path/'beginning')
+    again = learner()
+    again.fit(EPOCHS, resume=True)
+    whole = new(None)
+    whole.model.load_state_dict(load_file(tmp_path/'beginning'/'model.safetensors'))
+    set_chance(json.loads((tmp_path/'beginning'/'state.json').read_text())['state']['chance'])
+    whole.fit(EPOCHS)
+    same(result(again), result(whole))
