@@ -14,10 +14,10 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 # %% auto #0
-__all__ = ['Optimizer', 'maximize', 'weight_decay', 'momentum', 'descend', 'SGD', 'count', 'adagrad_step', 'rms_step', 'Adagrad',
-           'RMSprop', 'moments', 'adam_step', 'decay', 'Adam', 'AdamW', 'lion', 'Lion', 'adam_direction', 'trust',
-           'LAMB', 'newton_schulz', 'mean_momentum', 'orthogonalize', 'muon_step', 'Muon', 'schedule_free',
-           'ScheduleFreeAdamW', 'clip_grad_norm_', 'clip_grad_value_']
+__all__ = ['Optimizer', 'move', 'maximize', 'weight_decay', 'momentum', 'descend', 'SGD', 'count', 'step_count', 'adagrad_step',
+           'rms_step', 'Adagrad', 'RMSprop', 'moments', 'adam_step', 'decay', 'Adam', 'AdamW', 'lion', 'Lion',
+           'adam_direction', 'trust', 'LAMB', 'newton_schulz', 'mean_momentum', 'orthogonalize', 'muon_step', 'Muon',
+           'schedule_free', 'ScheduleFreeAdamW', 'clip_grad_norm_', 'clip_grad_value_']
 
 # %% ../nbs/30_optim.ipynb #76e9f14f
 class Optimizer(torch.optim.Optimizer):
@@ -116,6 +116,12 @@ def _check_settings(name, group):
 
 _FROM_0 = 'momentum', 'weight_decay', 'eps', 'alpha', 'lr_decay', 'initial_accumulator_value'
 
+@patch
+def unpack(self:Optimizer):
+    "Parameters and memories that were put side by side lie by themselves again."
+    for pack in (k for plan in self._plans.values() for k in plan.packs): pack.dissolve()
+    self._plans = {}
+
 def _follow(p, state):
     "The memory in its parameter's type, on its device"
     for k,v in state.items():
@@ -127,6 +133,12 @@ _HOOKS = ['_optimizer_' + o for o in ('step_pre_hooks', 'step_post_hooks', 'stat
                                       'load_state_dict_pre_hooks', 'load_state_dict_post_hooks')]
 
 # %% ../nbs/30_optim.ipynb #70dd83f5
+def move(p, d, c, over=None):
+    "p ← p + c·d, or p + c·d/over"
+    if isinstance(c, Tensor): return p.add_((d if over is None else d/over)*c)
+    return p.add_(d, alpha=c) if over is None else p.addcdiv_(d, over, value=c)
+
+# %% ../nbs/30_optim.ipynb #747e8643
 def maximize(g, p, state, group):
     "-g, where the objective is to grow"
     return -g if group['maximize'] else g
@@ -146,7 +158,7 @@ def momentum(g, p, state, group):
 
 def descend(g, p, state, group):
     "p ← p - lr·g"
-    p.add_(g, alpha=-group['lr'])
+    move(p, g, -group['lr'])
 
 # %% ../nbs/30_optim.ipynb #981950fe
 class SGD(Optimizer):
@@ -209,8 +221,8 @@ def load_state_dict(self:Optimizer,
         for k,v in s.items():
             if k not in _COUNTS and v.shape != p.shape:
                 raise ValueError(f'{name}: the saved {k} {tuple(v.shape)} is not for a parameter {tuple(p.shape)}')
-    for pack in (k for plan in self._plans.values() for k in plan.packs): pack.dissolve()
-    self._state,self._plans = defaultdict(dict, {p: _follow(p, s) for p,s in state.items()}),{}
+    self.unpack()
+    self._state = defaultdict(dict, {p: _follow(p, s) for p,s in state.items()})
     for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
 # %% ../nbs/30_optim.ipynb #b7c02259
@@ -234,11 +246,15 @@ def count(g, p, state, group):
     state['step'] += 1
     return g
 
+def step_count(state, group):
+    "t, as a number; as a tensor where the rate is one"
+    return state['step'].double() if isinstance(group['lr'], Tensor) else state['step'].item()
+
 def adagrad_step(g, p, state, group):
     "s ← s + g², kept as `sum`; p ← p - lr·g/(√s + ε), where lr may fade as 1/(1 + (t-1)·lr_decay)"
     if 'sum' not in state: state['sum'] = torch.full_like(p, group['initial_accumulator_value'])
     s = state['sum'].addcmul_(g, g)
-    p.addcdiv_(g, s.sqrt().add_(group['eps']), value=-group['lr']/(1 + (state['step'].item()-1)*group['lr_decay']))
+    move(p, g, -group['lr']/(1 + (step_count(state, group)-1)*group['lr_decay']), s.sqrt().add_(group['eps']))
 
 def rms_step(g, p, state, group):
     "s ← α·s + (1-α)·g²; p ← p - lr·g/(√s + ε), through a momentum if there is one"
@@ -250,8 +266,8 @@ def rms_step(g, p, state, group):
     root = s.sqrt().add_(group['eps'])
     if group['momentum']:
         v = _kept(state, 'momentum_buffer', p).mul_(group['momentum']).addcdiv_(g, root)
-        p.add_(v, alpha=-group['lr'])
-    else: p.addcdiv_(g, root, value=-group['lr'])
+        move(p, v, -group['lr'])
+    else: move(p, g, -group['lr'], root)
 
 # %% ../nbs/30_optim.ipynb #ba7551ee
 class Adagrad(Optimizer):
@@ -297,10 +313,10 @@ def moments(g, p, state, group):
 
 def adam_step(g, p, state, group):
     "p ← p - lr·m̂/(√v̂ + ε)"
-    (b1,b2),t,v = group['betas'],state['step'].item(),state['exp_avg_sq']
+    (b1,b2),t,v = group['betas'],step_count(state, group),state['exp_avg_sq']
     if group['amsgrad']: v = torch.maximum(_kept(state, 'max_exp_avg_sq', p), v, out=state['max_exp_avg_sq'])
     root = (v.sqrt() / (1-b2**t)**.5).add_(group['eps'])
-    p.addcdiv_(state['exp_avg'], root, value=-(group['lr'] / (1-b1**t)))
+    move(p, state['exp_avg'], -(group['lr'] / (1-b1**t)), root)
 
 def decay(g, p, state, group):
     "p ← (1 - lr·wd)·p, beside the gradient"
@@ -360,7 +376,7 @@ class Lion(Optimizer):
 # %% ../nbs/30_optim.ipynb #783b673a
 def adam_direction(g, p, state, group):
     "m̂/(√v̂ + ε)"
-    (b1,b2),t = group['betas'],state['step'].item()
+    (b1,b2),t = group['betas'],step_count(state, group)
     return state['exp_avg'] / (1-b1**t) / (state['exp_avg_sq'] / (1-b2**t)).sqrt_().add_(group['eps'])
 
 def trust(g, p, state, group):
@@ -408,7 +424,7 @@ def muon_step(g, p, state, group):
     "p ← p - lr·scale·g, by the shape of the matrix"
     n,m = p.shape
     scale = .2*math.sqrt(max(n, m)) if group['adjust_lr_fn'] == 'match_rms_adamw' else math.sqrt(max(1, n/m))
-    p.add_(g, alpha=-group['lr']*scale)
+    move(p, g, -group['lr']*scale)
 
 # %% ../nbs/30_optim.ipynb #209a4082
 class Muon(Optimizer):
@@ -439,15 +455,16 @@ class Muon(Optimizer):
 # %% ../nbs/30_optim.ipynb #4647bef6
 def schedule_free(g, p, state, group):
     "z and y, as above; kept are `z`, `exp_avg_sq`, `step` and `weight_sum`, the sum of γ²"
-    (b1,b2),lr,t = group['betas'],group['lr'],state['step'].item()
+    (b1,b2),lr,t = group['betas'],group['lr'],step_count(state, group)
     if 'z' not in state: state['z'],state['weight_sum'] = p.detach().clone(),torch.zeros((), dtype=torch.float64)
     v = _kept(state, 'exp_avg_sq', p).mul_(b2).addcmul_(g, g, value=1-b2)
     d = g / (v / (1-b2**t)).sqrt_().add_(group['eps'])
     d = weight_decay(d, p, state, group)
     state['weight_sum'] += lr**2
-    c = lr**2/state['weight_sum'].item() if lr else 0.
-    p.lerp_(state['z'], c).add_(d, alpha=-lr*(1 - b1*(1-c)))
-    state['z'].add_(d, alpha=-lr)
+    if isinstance(lr, Tensor): c = torch.where(lr > 0, lr**2/state['weight_sum'], 0.).to(p.dtype)
+    else: c = lr**2/state['weight_sum'].item() if lr else 0.
+    move(p.lerp_(state['z'], c), d, -lr*(1 - b1*(1-c)))
+    move(state['z'], d, -lr)
 
 # %% ../nbs/30_optim.ipynb #4d29c125
 class ScheduleFreeAdamW(Optimizer):
@@ -725,3 +742,22 @@ def _fused_adagrad(ps, gs, states, group):
 
 SGD.fused,Adagrad.fused = staticmethod(_fused_sgd),staticmethod(_fused_adagrad)
 Adam.fused,AdamW.fused = staticmethod(_fused_adam(torch._fused_adam_)),staticmethod(_fused_adam(torch._fused_adamw_))
+
+# %% ../nbs/30_optim.ipynb #56d8a06f
+@patch
+@torch.no_grad()
+def update_all(self:Optimizer,
+    grads:dict,       # {parameter: gradient or None}
+    lrs:list,         # a rate for each group, as a tensor of one number
+    kernel:bool=True, # the fused kernel where there is one, or the pieces?
+):
+    "One step for every parameter, from these gradients."
+    for group,lr in zip(self.param_groups, lrs, strict=True):
+        group,alike = {**group, 'lr': lr},defaultdict(list)
+        for p in group['params']:
+            if grads.get(p) is not None: alike[p.dtype, p.device].append(p)
+        for ps in alike.values():
+            states = [_follow(p, self._state[p]) for p in ps]
+            if kernel and self.fused and _has_kernel(ps[0]): self.fused(ps, [grads[p] for p in ps], states, group)
+            else:
+                for p,state in zip(ps, states, strict=True): self.update(p, grads[p], state, group)

@@ -15,7 +15,7 @@ __all__ = ['aten', 'RULES', 'OPERATOR', 'LIKE', 'ORDER', 'Reads', 'Keep', 'COMPO
            'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'plain', 'over', 'conj',
            'times', 'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'eye', 'turn', 'real', 'tie', 'scaled',
            'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank',
-           'unfold_back', 'extent', 'strided_back', 'listed', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back',
+           'unfold_back', 'extent', 'strided_back', 'axes', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back',
            'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back', 'later', 'cumprod_back',
            'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back',
            'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights',
@@ -450,13 +450,13 @@ rule(aten.as_strided_scatter.default,   lambda g,y,a,b,size,stride,at: blank(g.c
                                         lambda g,y,a,b,size,stride,at: g.contiguous().as_strided(size, stride, at).reshape(b.shape))
 
 # %% ../nbs/11_rules.ipynb #9a7dad6b
-def listed(dims, ndim): return list(range(ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
-def size(shape, dims): return math.prod(shape[d] for d in listed(dims, len(shape))) if shape else 1
+def axes(dims, ndim): return list(range(ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+def size(shape, dims): return math.prod(shape[d] for d in axes(dims, len(shape))) if shape else 1
 
 def spread(g, shape, dims, keepdim=False):
     "`g` of a reduction over `dims` in the shape that it was reduced from."
     if not keepdim and shape:
-        for d in sorted(d % len(shape) for d in listed(dims, len(shape))): g = g.unsqueeze(d)
+        for d in sorted(d % len(shape) for d in axes(dims, len(shape))): g = g.unsqueeze(d)
     return g.expand(shape)
 
 def mean_back(g, shape, dims, keepdim): return spread(g/size(shape, dims), shape, dims, keepdim)
@@ -464,7 +464,7 @@ def mean_back(g, shape, dims, keepdim): return spread(g/size(shape, dims), shape
 def var_back(g, a, dims, correction, keepdim):
     "Of the squares of the distances from the mean; how the mean moves does not matter, for they add up to zero."
     n = size(a.shape, dims) - (1 if correction is None else correction)
-    return spread(g*(2/n if n > 0 else math.nan), a.shape, dims, keepdim)*(a - a.mean(listed(dims, a.ndim), keepdim=True))
+    return spread(g*(2/n if n > 0 else math.nan), a.shape, dims, keepdim)*(a - a.mean(axes(dims, a.ndim), keepdim=True))
 
 def sqrt_back(g, y): return unless(y == 0, g/(2*nonzero(y)))
 
@@ -485,7 +485,7 @@ rule(aten.trace.default,                lambda g,y,a: g*eye(g, *a.shape))
 def share(g, y, a, dims, keepdim):
     "Where several are largest they share."
     chosen = a == spread(y, a.shape, dims, keepdim)
-    return spread(g, a.shape, dims, keepdim)*chosen/chosen.sum(listed(dims, a.ndim), keepdim=True)
+    return spread(g, a.shape, dims, keepdim)*chosen/chosen.sum(axes(dims, a.ndim), keepdim=True)
 
 def first(g, chosen):
     "Where several are the median the first has it."
