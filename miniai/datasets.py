@@ -4,8 +4,7 @@
 
 # %% ../nbs/45_datasets.ipynb #27d09e8b
 from __future__ import annotations
-import hashlib, math, os, sys, threading
-from contextlib import contextmanager
+import hashlib, math, os, sys
 from copy import copy
 from functools import partial, wraps
 from itertools import chain
@@ -14,14 +13,14 @@ from textwrap import shorten
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
-from .core import did_you_mean
+from .core import did_you_mean, whole_file
 from .data import Dataset, Padded, _short, collate, pad_collate
 from .loader import DataLoader, is_stream
 from .sampler import BatchSampler, Sampler
 from .transform import Compose, Normalize
 
 # %% auto #0
-__all__ = ['inplace', 'collate_dict', 'Strings', 'Ragged', 'cache_folder', 'whole_file', 'free_memory', 'Table', 'in_memory',
+__all__ = ['inplace', 'collate_dict', 'in_square', 'Strings', 'Ragged', 'cache_folder', 'free_memory', 'Table', 'in_memory',
            'DataLoaders']
 
 # %% ../nbs/45_datasets.ipynb #7d617105
@@ -107,7 +106,7 @@ def _numbers(ds, name):
 # %% ../nbs/45_datasets.ipynb #6ba4fc2e
 class _Colour(Exception): pass
 
-def _images(ds, name, feature, mode=None):
+def _images(ds, name, feature, mode=None, size=None):
     "Encoded images as `u8 (k, c, h, w)` tensors, in order"
     from tqdm import tqdm
     first = _decode(next(_arrays(ds, name, 1))[0].as_py(), 0, name, feature)
@@ -117,7 +116,7 @@ def _images(ds, name, feature, mode=None):
     with tqdm(total=len(ds), desc=name, unit=' images', leave=False, disable=None) as bar:
         for cells in _arrays(ds, name, step):
             ims = ((i, _decode(cell, i, name, feature)) for i,cell in enumerate(cells.to_pylist(), done))
-            sheet = _sheet(ims, len(cells), mode, mode == 'L' and not feature.mode, sizes)
+            sheet = _sheet(ims, len(cells), mode, mode == 'L' and not feature.mode, sizes, size)
             if len(sizes) == 1: yield sheet.movedim(-1, 1)
             done += len(cells)
             bar.update(len(cells))
@@ -132,15 +131,25 @@ def _sheet(
     mode:str,
     grey:bool,  # is any other than a grey one out of place?
     sizes:dict, # `{(h, w): [how many, the first row]}`, to be kept up
+    size=None,  # the side of the square that all are brought to
 )->Tensor:      # u8 (n, h, w, c), unless the sizes differ
     import PIL.Image
     sheet = None
     for k,(row, im) in enumerate(ims):
         if grey and not _grey(im): raise _Colour
+        im = in_square(im.convert(mode) if im.mode != mode else im, size)
         sizes.setdefault((im.height, im.width), [0, row])[0] += 1
         sheet = sheet or PIL.Image.new(mode, (im.width, n*im.height))
-        if len(sizes) == 1: sheet.paste(im if im.mode == mode else im.convert(mode), (0, k*im.height))
+        if len(sizes) == 1: sheet.paste(im, (0, k*im.height))
     return torch.from_dlpack(np.asarray(sheet, np.uint8)).reshape(n, sheet.height//n, sheet.width, -1)
+
+def in_square(
+    im,            # a PIL image, grey or RGB
+    size:int|None, # pixels; None leaves it as it is
+):                 # (size, size), whole, with black beside it or above and below if it is no square
+    "An image brought to a size, as training and prediction see it."
+    from PIL import ImageOps
+    return im if size is None or im.size == (size, size) else ImageOps.pad(im, (size, size))
 
 def _decode(cell, i, name, feature):
     try: im = feature.decode_example(cell)
@@ -159,7 +168,7 @@ def _sizes(
     most = sorted(seen.items(), key=lambda o: -o[1][0])
     some = ', '.join(f'{_by(size)} (rows: {n:,}, first {first:,})' for size,(n,first) in most[:4]) + ', ...'*(len(most) > 4)
     h, w = most[0][0]
-    return (f'{name}: {len(seen)} sizes h×w cannot be one tensor: {some}; '
+    return (f'{name}: {len(seen)} sizes h×w cannot be one tensor: {some}; bring them into a square with size={min(h, w)}, or '
             f'give them one with dd.map(lambda r: {{{name!r}: r[{name!r}].resize(({w}, {h}))}})')
 
 # %% ../nbs/45_datasets.ipynb #861ebcc1
@@ -217,25 +226,13 @@ def cache_folder()->Path:
     default = os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'miniai')
     return Path(os.path.expanduser(os.environ.get('MINIAI_CACHE') or default))
 
-@contextmanager
-def whole_file(
-    path:Path, # of the file to be
-):             # a path to write to
-    "A file that is there whole or not at all: what was written gets its name at the end, all at once."
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.{threading.get_ident()}.tmp')
-    try:
-        yield tmp
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
 def _say(line): print(f'miniai: {line}', file=sys.stderr)
 
 # %% ../nbs/45_datasets.ipynb #af4d7990
-def _column_file(ds, name, feature):
+def _column_file(ds, name, feature, size=None):
     "Where the column is kept, if it is"
     stamps = _stamps(ds.data.column(name)) if hasattr(feature, 'decode_example') else None
-    key = repr((1, ds._fingerprint, len(ds), name, feature, stamps))      # 1: how the file is laid out
+    key = repr((1, ds._fingerprint, len(ds), name, feature, stamps, *([size] if size else [])))      # 1: how the file is laid out
     return cache_folder()/'columns'/f'{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npy'
 
 def _stamps(column):
@@ -316,18 +313,19 @@ def in_memory(
     ds,              # `datasets.Dataset`
     limit:int|None=None, # bytes a column may take; a larger one goes to a file in `cache_folder()`; by default half of the free memory
     pad=None,        # a number to fill up lists of different lengths, or a dictionary: one by column
+    size=None,       # pixels of the square that images are brought to
 )->Table:            # rows are dictionaries
     "All columns of a Hugging Face data set, each in one piece."
     if not len(ds): raise ValueError('the data set has no rows')
     pads = _pads(ds.features, pad)
     def room(): return free_memory()//2 if limit is None else limit
-    return Table({name: _column(ds, name, f, room(), pads.get(name)) for name,f in ds.features.items()})
+    return Table({name: _column(ds, name, f, room(), pads.get(name), size) for name,f in ds.features.items()})
 
-def _column(ds, name, feature, limit, pad):
+def _column(ds, name, feature, limit, pad, size=None):
     import datasets as hf
     _check_holes(ds, name)
     if getattr(feature, 'dtype', None) in ('string', 'large_string'): return _strings(ds, name)
-    try: x = _made_or_kept(ds, name, feature, limit) if pad is None else _ragged(ds, name, pad)
+    try: x = _made_or_kept(ds, name, feature, limit, size) if pad is None else _ragged(ds, name, pad)
     except _Ragged: raise TypeError(_uneven(ds, name, feature)) from None
     except _NoNumbers: raise TypeError(f'{name}: {feature} cannot be one tensor; leave it out with dd.remove_columns({name!r}), '
                                        'or make numbers of it with dd.map or dd.with_transform') from None
@@ -348,15 +346,15 @@ def _length_is_open(feature):
     return isinstance(feature, hf.LargeList) or getattr(feature, 'shape', (0,))[0] is None
 
 # %% ../nbs/45_datasets.ipynb #2e13dc0e
-def _made_or_kept(ds, name, feature, limit):
+def _made_or_kept(ds, name, feature, limit, size=None):
     "A column as a tensor, from its file if there is one and it is too large for the memory"
     import datasets as hf
-    file = _column_file(ds, name, feature)
+    file = _column_file(ds, name, feature, size)
     kept = _open_column(file)
     if kept is not None and kept.nbytes > limit: return kept
     if isinstance(feature, hf.Image):
-        try: return _join(_images(ds, name, feature), len(ds), limit, file)
-        except _Colour: return _join(_images(ds, name, feature, 'RGB'), len(ds), limit, file)
+        try: return _join(_images(ds, name, feature, size=size), len(ds), limit, file)
+        except _Colour: return _join(_images(ds, name, feature, 'RGB', size), len(ds), limit, file)
     try: return _join(_numbers(ds, name), len(ds), limit, file)
     except ValueError as e: raise ValueError(f'{name}: {e}') from None
 
@@ -401,11 +399,11 @@ def _two_splits(dd):
         if not is_stream(dd[o]) and not len(dd[o]): raise ValueError(f'from_dd: split {o} has no rows')
     return {o: dd[o] for o in names}
 
-def _both_in_memory(splits, limit, pad):
+def _both_in_memory(splits, limit, pad, size=None):
     "The splits as tables, alike in columns and shapes"
     rows = {}
     for name, ds in splits.items():
-        try: rows[name] = in_memory(ds, limit, pad)
+        try: rows[name] = in_memory(ds, limit, pad, size)
         except (TypeError, ValueError) as e:
             raise (TypeError if isinstance(e, TypeError) else ValueError)(f'from_dd: split {name}, {e}') from e
     shapes = {name: {k: tuple(c.shape[1:]) for k,c in o.columns.items()} for name,o in rows.items()}
@@ -447,6 +445,7 @@ class DataLoaders:
         augment=None,       # a batch transform for the training rows alone, on bytes, before they are normalised
         transform=None,     # a batch to a batch, after all else
         norm=None,          # a `Normalize`, such as a pretrained model's; by default that of the training images; `False` leaves them bytes
+        size=None,          # pixels of the square that images are brought to; they may differ in size then
         pad=None,           # a number to fill up lists of different lengths, or a dictionary: one by column
         limit:int|None=None, # bytes that a column may take in memory, as in `in_memory`
         device=None,        # where batches go; images go as bytes and are normalised there
@@ -460,10 +459,12 @@ class DataLoaders:
         splits = _two_splits(dd)
         features = splits['train'].features or {}
         if not any(is_stream(o) or o.format['type'] for o in splits.values()):
-            splits = _both_in_memory(splits, limit, pad)
+            splits = _both_in_memory(splits, limit, pad, size)
             images = [k for k,f in features.items() if isinstance(f, hf.Image) and norm is not False]
             norms = _Each((k, norm or Normalize.measure(splits['train'].columns[k])) for k in images)
             norm = next(iter(norms.values()), None)
+        elif size is not None: raise ValueError('from_dd: size= is for images that are read into memory; streams and rows with a '
+                                                'transform are brought to one size by .map or in that transform')
         else: norms, pad = norm, _pads(features, pad) if features else pad
         train, valid = (_loader(rows, bs, first, drop_last, seed, num_workers, pad, device,
                                 _steps(norms, as_tuple, augment if first else None, transform), loader)

@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.request import Request, urlopen
 import numpy as np
-from .datasets import _by, _say, cache_folder, whole_file
+from .core import whole_file
+from .datasets import _by, _say, cache_folder
 
 # %% auto #0
 __all__ = ['FASHION', 'SAMPLE', 'HUB', 'DEBIAN', 'read_idx', 'fashion_mnist']

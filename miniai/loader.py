@@ -4,22 +4,22 @@
 
 # %% ../nbs/43_loader.ipynb #5abdce9a
 from __future__ import annotations
-import random, warnings
+import copy, random, warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import count, islice
 import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import IterableDataset
-from .core import Draw, did_you_mean, generator, map_tensors, to_device
+from .core import Draw, chance, did_you_mean, generator, map_tensors, set_chance, to_device
 from .data import MapDataset, fetch, whole
 from .sampler import Batches, BatchSampler, Sampler, batches_of, repeats
 from .workers import Pool, Run, Task, in_threads
 
 # %% auto #0
-__all__ = ['seed_row', 'kept_chance', 'seeded', 'batch_of', 'is_stream', 'Stream', 'DataLoader']
+__all__ = ['seed_row', 'kept_chance', 'seeded', 'batch_of', 'is_stream', 'Stream', 'shards', 'DataLoader', 'shards_stay']
 
 # %% ../nbs/43_loader.ipynb #68d9a0f9
 def seed_row(key:int):
@@ -30,11 +30,10 @@ def seed_row(key:int):
 
 @contextmanager
 def kept_chance():
-    "Leave the global generators as they were."
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    "Leave the global generators that `seed_row` seeds as they were."
+    before = chance(devices=False)
     try: yield
-    finally:
-        for restore,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before, strict=True): restore(state)  # noqa: NPY002
+    finally: set_chance(before)
 
 # %% ../nbs/43_loader.ipynb #ef6184c4
 def seeded(keys:list, rows):
@@ -82,7 +81,8 @@ class Stream:
         if bs < 1: raise ValueError(f'DataLoader: a batch has at least 1 row, bs is {bs}')
         self.ds,self.bs,self.drop_last,self.shuffle,self.seed = ds,bs,drop_last,shuffle,seed
         self.block = max(1, buffer//bs) if shuffle else 1      # in batches
-        self.epoch,self.used = 0,False
+        self.epoch,self.used,self.short = 0,False,None
+        self.rank,self.world,self.split = 0,1,False            # `share` says otherwise
         self.saves = hasattr(ds, 'state_dict') and hasattr(ds, 'load_state_dict') and not _buffered(ds)
 
     def set_epoch(self, epoch:int): self.epoch = epoch
@@ -93,19 +93,33 @@ class Stream:
         mark=None,    # the place in the stream where that batch's block begins, if it is known
     ):                # yields positions in the stream, the items there, and the mark of the batch that follows
         "Batches from `start` on."
-        first, size = start//self.block, self.block*self.bs
+        bs = len(range(self.rank, self.bs, self.world)) if self.split else self.bs
+        first, size = start//self.block, self.block*bs
         ds, stream = self._enter(epoch, first*size, mark)
         for b in count(first):
             before = ds.state_dict() if self.saves else None
             items = list(islice(stream, size))
             if not items: return
-            for k,idxs in enumerate(Batches(self._order(epoch, b, len(items)), self.bs, self.drop_last), b*self.block):
+            for k,idxs in enumerate(Batches(self._order(epoch, b, len(items)), bs, self.drop_last), b*self.block):
                 if k < start: continue
                 after = before if (k+1) % self.block or not self.saves else ds.state_dict()
-                yield idxs + b*size, [items[i] for i in idxs.tolist()], after
+                idxs = self._part(epoch, k, idxs)
+                yield self._places(idxs + b*size), [items[i] for i in idxs.tolist()], after
 
     def _order(self, epoch, b, n):
         return torch.randperm(n, generator=generator(self.seed, epoch, b)) if self.shuffle else torch.arange(n)
+
+    def _part(self, epoch, k, idxs):
+        "This process's rows of a batch that all have read"
+        if self.split or self.world == 1: return idxs
+        if len(idxs) <= self.rank: self.short = epoch,k
+        return idxs[self.rank::self.world] if len(idxs) > self.rank else idxs[:1]
+
+    def _places(self, idxs): return idxs*self.world + self.rank if self.split else idxs
+
+    def is_spare(self, epoch:int, k:int)->bool:
+        "Is this process's part of batch `k`, which was read, there only to give it something to do?"
+        return self.short == (epoch, k)
 
     def _enter(self, epoch, skip, mark):
         "The stream and an iterator of it that has come to the item `skip`"
@@ -151,6 +165,32 @@ def _skip(stream, n, ds):
     warnings.warn(f'DataLoader: {type(ds).__name__} cannot be brought to a place in its middle: '
                   f'{n:,} items are read again and left out', stacklevel=2)
     for _ in islice(stream, n): pass
+
+# %% ../nbs/43_loader.ipynb #5e4c6b68
+@patch
+def share(self:Stream,
+    rank:int,  # of this process, from 0 up
+    world:int, # how many processes
+)->Stream:
+    "One process's part: shards of its own where there are enough, otherwise its rows of every batch."
+    own = copy.copy(self)
+    own.rank,own.world,own.split = rank,world,getattr(self.ds, 'num_shards', 1) >= world
+    if own.split and self.bs < world:
+        raise ValueError(f'DataLoader: {world} processes cannot share a batch of {self.bs}; take bs from {world} up')
+    if own.split: own.ds = shards(self.ds, rank, world)
+    self.used = isinstance(self.ds, Iterator)       # what can be read once only is read by this part
+    return own
+
+def shards(
+    ds,        # a stream with `num_shards` and `shard`
+    rank:int,
+    world:int, # no more than it has shards
+):
+    "The shards of one process."
+    if hasattr(ds, '_ex_iterable') and ds.num_shards % world == 0:
+        from datasets.distributed import split_dataset_by_node
+        return split_dataset_by_node(ds, rank, world)
+    return ds.shard(num_shards=world, index=rank, contiguous=False)
 
 # %% ../nbs/43_loader.ipynb #919e3374
 class DataLoader:
@@ -262,11 +302,22 @@ def load_state_dict(self:DataLoader,
     state:dict, # from `state_dict`, of a loader with the same order
 ):
     "Go on where the state was taken."
+    if 'places' in state: raise ValueError(shards_stay(len(state['places']), 1))
     here, there = self.facts(), state['order']
     differ = [f'{k} is {there.get(k)!r} there and {here.get(k)!r} here' for k in {**there, **here} if here.get(k) != there.get(k)]
     if differ: raise ValueError(f"DataLoader: the state belongs to another order: {', '.join(differ)}. "
                                 'Make the loader as it was, or begin an epoch with set_epoch')
     self.seek(state['epoch'], state['batch'], state.get('stream'))
+
+# %% ../nbs/43_loader.ipynb #093a4fe0
+def shards_stay(
+    there:int, # processes that shared a stream when its state was taken
+    here:int,  # and now
+)->str:
+    "Why a run cannot go on in the middle of shards with other processes, and what can be done."
+    now = f'there are {here}' if here > 1 else 'there is 1'
+    return (f'DataLoader: the stream was shared by {there} process{"es"*(there > 1)}, each in the middle of shards of its own, '
+            f'and now {now}; go on with {there}, or from a checkpoint between two epochs')
 
 # %% ../nbs/43_loader.ipynb #c0bf1832
 @patch

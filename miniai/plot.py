@@ -216,6 +216,7 @@ def _panels(rows):
 def plot_curves(
     rows,                  # for each epoch a dictionary like `dict(epoch=0, train_loss=.9, valid_loss=1.1, valid_accuracy=.7)`
     steps=None,            # training loss of each step of these epochs
+    ends=None,             # how many steps were done at the end of each; by default all have as many
     beta:float|None=None,  # smoothing of the steps, as in `smooth`; by default over a twentieth of the run
     imsize:float=3,        # height of a panel; it is a third wider
     **kwargs
@@ -225,7 +226,10 @@ def plot_curves(
     if not panels: raise ValueError(f"plot_curves: no train_... or valid_... in {len(rows)} rows. Did you mean [dict(train_loss=0.9)]?")
     steps = as_array([] if steps is None else steps)
     start, end = epochs[0] - bool(len(steps)), epochs[-1]
-    x = np.linspace(start, end, len(steps) + 1)[1:]
+    if ends is not None and len(ends) != len(rows):
+        raise ValueError(f"plot_curves: {len(ends)} ends for {len(rows)} rows. Did you mean the steps done after each row?")
+    done,places = ([0, len(steps)], [start, end]) if ends is None else ([0, *ends], [start, *epochs])
+    x = np.interp(np.arange(1, len(steps)+1), done, places)
     if len(steps):
         panels = {'loss': {}} | panels
         panels['loss']['train'] = x, smooth(steps, max(0, 1 - 40/len(steps)) if beta is None else beta)

@@ -12,8 +12,8 @@ from .core import generator
 from .data import stratified
 
 # %% auto #0
-__all__ = ['Order', 'Sampler', 'WeightedSampler', 'Bootstrap', 'StratifiedSampler', 'BucketSampler', 'Shard', 'Batches',
-           'order_of', 'repeats', 'BatchSampler', 'batches_of']
+__all__ = ['Order', 'Sampler', 'WeightedSampler', 'Bootstrap', 'StratifiedSampler', 'BucketSampler', 'Part', 'Shard', 'Hardest',
+           'Batches', 'order_of', 'repeats', 'BatchSampler', 'batches_of', 'BatchShard']
 
 # %% ../nbs/41_sampler.ipynb #e1296bf8
 class Order:
@@ -136,7 +136,18 @@ class BucketSampler(Order):
         return torch.cat([batches.flatten(), rows[full*self.bs:]])
 
 # %% ../nbs/41_sampler.ipynb #5d9272c7
-class Shard(Order):
+class Part(Order):
+    "Some rows of another sampler's order. A subclass has `n` and `order(epoch)`, and `told` for what is its own."
+    def __init__(self, sampler): self.sampler = sampler
+    @property
+    def epoch(self): return self.sampler.epoch
+    @epoch.setter
+    def epoch(self, epoch): self.set_epoch(epoch)
+    def set_epoch(self, epoch): self.sampler.set_epoch(epoch)
+    def facts(self): return {**self.sampler.facts(), **{k: getattr(self, k) for k in self.told}}
+
+# %% ../nbs/41_sampler.ipynb #85dbc55f
+class Shard(Part):
     "One process's part of a sampler's order."
     told = 'rank', 'world', 'even'
     def __init__(self,
@@ -146,18 +157,12 @@ class Shard(Order):
         even:bool=False, # leave the remainder out, so that all have as many rows?
     ):
         if not 0 <= rank < world: raise ValueError(f'Shard: rank {rank} of {world} processes; ranks go from 0 to {world-1}')
-        self.sampler,self.rank,self.world,self.even = sampler,rank,world,even
+        super().__init__(sampler)
+        self.rank,self.world,self.even = rank,world,even
         total = len(sampler)
         self.n = total//world if even else len(range(rank, total, world))
 
-    @property
-    def epoch(self): return self.sampler.epoch
-    def set_epoch(self, epoch): self.sampler.set_epoch(epoch)
-    @epoch.setter
-    def epoch(self, epoch): self.set_epoch(epoch)
-
     def order(self, epoch): return self.sampler.order(epoch)[self.rank::self.world][:self.n]
-    def facts(self): return {**self.sampler.facts(), 'rank': self.rank, 'world': self.world, 'even': self.even}
     def __repr__(self):
         total = len(self.sampler)
         return f'Shard({self.sampler!r}, rank {self.rank} of {self.world}: {self.n} of {total} rows, {self._others()})'
@@ -166,6 +171,30 @@ class Shard(Order):
         low, rest = divmod(len(self.sampler), self.world)
         if not rest: return 'as have all'
         return f'as have all; {rest} left out' if self.even else f'ranks up to {rest-1} have {low+1}, the others {low}'
+
+# %% ../nbs/41_sampler.ipynb #f60e110e
+class Hardest(Part):
+    "Of another sampler's order the rows with the highest losses."
+    told = 'share',
+    def __init__(self,
+        sampler,               # with `order(epoch)`
+        share:float=1.,        # of its rows, above 0
+        losses:Tensor|None=None, # (rows of the data set,); infinite where a row has not been seen, and all are if not given
+    ):
+        super().__init__(sampler)
+        if not 0 < share <= 1: raise ValueError(f'Hardest: share is a part of the rows, above 0 and up to 1; it is {share}')
+        self.share,self.losses = share,losses
+
+    @property
+    def n(self): return max(1, round(self.share*len(self.sampler)))
+
+    def order(self, epoch):
+        rows = self.sampler.order(epoch)
+        if self.n == len(rows) or self.losses is None: return rows[:self.n]
+        places = self.losses[rows].topk(self.n).indices
+        return rows[places.sort().values]
+
+    def __repr__(self): return f'Hardest({self.sampler!r}, {self.share})'
 
 # %% ../nbs/41_sampler.ipynb #c5902a92
 class Batches:
@@ -260,3 +289,55 @@ def batches_of(
     for o in (batch_sampler, getattr(batch_sampler, 'sampler', None)):
         if hasattr(o, 'set_epoch'): o.set_epoch(epoch)
     return (torch.as_tensor(rows, dtype=torch.int64) for rows in islice(batch_sampler, start, None))
+
+# %% ../nbs/41_sampler.ipynb #2f9fc7fc
+class BatchShard:
+    "One process's part of every batch."
+    def __init__(self,
+        batch_sampler, # any that `batches_of` takes, in the same order in all processes
+        rank:int,      # of this process, from 0 up
+        world:int,     # how many processes
+    ):
+        if not 0 <= rank < world: raise ValueError(f'BatchShard: rank {rank} of {world} processes; ranks go from 0 to {world-1}')
+        self.batch_sampler,self.rank,self.world,self._at,self._read = batch_sampler,rank,world,0,(None, [], ())
+
+    @property
+    def epoch(self): return getattr(self.batch_sampler, 'epoch', self._at)
+    @property
+    def sampler(self): return getattr(self.batch_sampler, 'sampler', self.batch_sampler)
+    def set_epoch(self, epoch:int):
+        "Go to `epoch`: the next iteration has its order."
+        self._at = epoch
+        if hasattr(self.batch_sampler, 'set_epoch'): self.batch_sampler.set_epoch(epoch)
+
+    def batches(self,
+        epoch:int, # from 0 up
+    )->list:       # of row numbers
+        "This process's part of the batches of any epoch."
+        return [self._part(rows) for rows in self.whole(epoch)]
+
+    def whole(self, epoch, n=None):
+        "The first `n` whole batches of an epoch, or all. They are read as far as asked for: some samplers draw as they go; and kept."
+        if self._read[0] != epoch: self._read = epoch,[],batches_of(self.batch_sampler, epoch)
+        _,found,rest = self._read
+        found += islice(rest, n and max(n-len(found), 0))
+        return found
+
+    def _part(self, rows): return rows[self.rank::self.world] if len(rows) > self.rank else rows[:1]
+
+    def is_spare(self, epoch:int, k:int)->bool:
+        "Is this process's part of batch `k` there only to give it something to do?"
+        return len(self.whole(epoch, k+1)[k]) <= self.rank
+
+    def __iter__(self):
+        epoch,k,self._read = self.epoch,0,(None, [], ())
+        while len(found := self.whole(epoch, k+1)) > k:
+            yield self._part(found[k])
+            k += 1
+        self.set_epoch(epoch + 1)
+
+    def __len__(self): return len(self.batch_sampler)
+    def facts(self)->dict: # plain values
+        "What the batches depend on: the same for any number of processes."
+        return self.batch_sampler.facts() if hasattr(self.batch_sampler, 'facts') else dict(sampler=type(self.batch_sampler).__name__)
+    def __repr__(self): return f'BatchShard({self.batch_sampler!r}, rank {self.rank} of {self.world})'

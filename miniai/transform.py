@@ -91,6 +91,7 @@ def _with(batch, new):
 class BatchTransform:
     "Changes the images of a batch, each with its own draw. A subclass says how, in `images(x, draw)`."
     takes_draw = True
+    mixes = False     # does what becomes of a row depend on the other rows of the batch?
     def __init__(self, p:float=1.):
         if not 0 <= p <= 1: raise ValueError(f'{self._name}: p is a probability from 0 to 1, it is {p}')
         self.p = p
@@ -209,6 +210,7 @@ class RandomErase(BatchTransform):
 
 # %% ../nbs/44_transform.ipynb #1c230374
 class _Mix(BatchTransform):
+    mixes = True
     def __init__(self,
         c:int,          # classes
         alpha:float=1., # of the Beta distribution: small leaves most images nearly alone, large mixes them evenly
@@ -261,6 +263,8 @@ class Compose:
     def __init__(self, *steps): self.steps = [o for o in steps if o is not None]
     @property
     def takes_draw(self): return any(getattr(o, 'takes_draw', False) for o in self.steps)
+    @property
+    def mixes(self): return any(getattr(o, 'mixes', False) for o in self.steps)
 
     def __call__(self,
         batch,

@@ -165,7 +165,7 @@ def test_images_become_bytes(mode, c):
     ([PIL.Image.new('RGB', (2, 3)), PIL.Image.new('RGB', (3, 3))], ValueError, r'\(3, 3, 2\), \(3, 3, 3\)'),
     ([PIL.Image.new('L', (2, 2)), PIL.Image.new('RGB', (2, 2))], ValueError, r'\(1, 2, 2\), \(3, 2, 2\)'),
     ([PIL.Image.new('P', (2, 2))], TypeError, 'mode P has no bytes of colour'),
-    ([PIL.Image.new('I;16', (2, 2))], TypeError, 'mode I;16 has no bytes of colour')], ids=str)
+    ([PIL.Image.new('I;16', (2, 2))], TypeError, 'mode I;16 has no bytes of colour')])
 def test_collate_says_what_does_not_fit(items, error, said):
     with pytest.raises(error, match=said): collate(items)
 

@@ -3,6 +3,7 @@ import copy, gc, json, multiprocessing as mp, os, random, signal, sys, time, war
 from itertools import islice
 import datasets as hf, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from conftest import shared_memory
 from miniai.core import batch_size
 from miniai.data import ConcatDataset, Dataset, MapDataset, Subset, pad_collate
 from miniai.loader import DataLoader, Stream, is_stream
@@ -185,7 +186,7 @@ def test_memory_and_handles_stay_flat_over_epochs():
     def epochs(k):
         for _ in range(k): list(dl)
         gc.collect()
-        return int(open('/proc/self/statm').read().split()[1]), len(os.listdir('/proc/self/fd')), len(os.listdir('/dev/shm'))
+        return int(open('/proc/self/statm').read().split()[1]), len(os.listdir('/proc/self/fd')), len(shared_memory())
     before = epochs(5)
     after = epochs(15)
     assert after[0] < before[0]*1.02 and after[1:] == before[1:]

@@ -282,7 +282,7 @@ def test_a_bad_image_leaves_no_half_filled_figure():
     (get_grid,         'n title weight imsize sharex dpi', 'kwargs squeeze'),
     (show_images,      'ims titles title_colors title imsize sharex dpi cmap interpolation alpha', 'kwargs squeeze ax'),
     (show_predictions, 'preds names probs imsize cmap', 'kwargs titles'),
-    (plot_curves,      'rows steps beta imsize figsize dpi', 'kwargs nrows')])
+    (plot_curves,      'rows steps ends beta imsize figsize dpi', 'kwargs nrows')])
 def test_help_shows_every_argument(f, names, hidden):
     known = set(inspect.signature(f).parameters)
     assert set(names.split()) <= known and not set(hidden.split()) & known
@@ -328,6 +328,13 @@ def test_values_may_be_tensors_and_epochs_may_start_anywhere():
     assert_array_equal(fig.axes[0].lines[0].get_xdata(), [7, 8, 9])
     assert_array_equal(fig.axes[0].lines[0].get_ydata(), [.5, 1.5, 2.5])
 
+def test_steps_stand_in_their_epochs_when_these_have_different_lengths():
+    rows = [dict(epoch=i, train_loss=1.) for i in range(3)]
+    x = plot_curves(rows, range(10), [6, 8, 10]).axes[0].lines[-1].get_xdata()
+    assert_allclose(x, [*np.arange(1, 7)/6 - 1, .5, 1, 1.5, 2])
+    even = plot_curves(rows, range(9)).axes[0].lines[-1].get_xdata()
+    assert_allclose(even, plot_curves(rows, range(9), [3, 6, 9]).axes[0].lines[-1].get_xdata())
+
 def test_steps_take_the_place_of_the_training_loss():
     steps = torch.rand(80, requires_grad=True) + 1
     loss = plot_curves(ROWS, steps).axes[0]
@@ -342,6 +349,7 @@ def test_steps_take_the_place_of_the_training_loss():
 def test_curve_errors():
     for rows in ([], [dict(epoch=0, loss=1.)]):
         with pytest.raises(ValueError, match='no train_... or valid_...'): plot_curves(rows)
+    with pytest.raises(ValueError, match='1 ends for 2 rows'): plot_curves(ROWS[:2], [.5]*4, [2])
 
 def test_curves_size():
     assert_allclose(plot_curves(ROWS, imsize=1.5).get_size_inches(), (6, 1.5))

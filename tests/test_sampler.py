@@ -3,7 +3,7 @@ import json
 import pytest, torch
 from hypothesis import given, strategies as st
 from miniai.core import generator
-from miniai.sampler import (BatchSampler, Batches, Bootstrap, BucketSampler, Order, Sampler, Shard, StratifiedSampler, WeightedSampler,
+from miniai.sampler import (BatchSampler, Batches, Bootstrap, BucketSampler, Hardest, Order, Sampler, Shard, StratifiedSampler, WeightedSampler,
                             batches_of, order_of, repeats)
 from torch.utils import data as torch_data
 
@@ -92,6 +92,28 @@ def test_shards_are_pytorchs_where_nothing_is_left_over():
     first = list(shard)
     assert shard.epoch == shard.sampler.epoch == 1 and first != list(shard)
     assert shard.facts() == dict(sampler='Sampler', n=10, shuffle=True, seed=42, rank=3, world=4, even=False)
+
+@given(sizes, st.floats(.01, 1), st.integers(1, 5), epochs, seeds)
+def test_the_hardest_are_a_part_of_the_order_and_none_left_out_is_harder(n, share, kinds, epoch, seed):
+    losses = torch.randint(kinds, (n,), generator=generator(seed)).float()      # with many that are equal
+    losses[::7] = torch.inf
+    hard,whole = Hardest(Sampler(n, True, seed), share, losses),Sampler(n, True, seed).order(epoch)
+    got = hard.order(epoch)
+    assert len(got) == len(hard) == max(1, round(share*n)) and got.equal(hard.order(epoch))
+    taken = torch.zeros(n, dtype=torch.bool)
+    taken[got] = True
+    assert got.equal(whole[taken[whole]])
+    assert taken.all() or losses[~taken].max() <= losses[taken].min()
+
+def test_the_hardest_go_with_any_sampler():
+    losses = torch.arange(12.)
+    for s in (Shard(Sampler(12, True), 1, 2), BucketSampler(range(12), 3), StratifiedSampler([0, 1]*6)):
+        got = Hardest(s, .5, losses).order(2)
+        assert sorted(losses[got].tolist()) == sorted(losses[s.order(2)].tolist())[-len(got):] and len(got) == round(len(s)/2)
+    hard = Hardest(Sampler(12, True), .25, losses)
+    assert list(hard) and hard.epoch == hard.sampler.epoch == 1
+    assert hard.facts() == dict(sampler='Sampler', n=12, shuffle=True, seed=42, share=.25)
+    assert len(Hardest(Sampler(12, True), .25)) == 3 and len(Hardest(Sampler(12, True), .25).order(0)) == 3   # nothing is known yet
 
 # batches
 

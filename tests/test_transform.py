@@ -57,7 +57,7 @@ def erase(t, x, d):
     (m.Flip(), flip), (m.Flip(.2), flip),
     (m.RandomCrop(3), crop), (m.RandomCrop(4, 'reflect'), crop), (m.RandomCrop(9, p=.4), crop), (m.RandomCrop(2, 'reflect', p=.5), crop),
     (m.Cutout(4), cutout), (m.Cutout(5, value=3, p=.7), cutout), (m.Cutout(30), cutout),
-    (m.RandomErase(), erase), (m.RandomErase(p=1, area=(.3, 1), ratio=1, value=1), erase)], ids=repr)
+    (m.RandomErase(), erase), (m.RandomErase(p=1, area=(.3, 1), ratio=1, value=1), erase)], ids=lambda o: o.__name__ if callable(o) and hasattr(o, '__name__') else repr(o))
 def test_like_a_loop_over_images(t, loop, shape, dtype):
     x, y = batch(shape, dtype)
     before = x.clone()

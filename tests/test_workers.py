@@ -3,13 +3,13 @@ import gc, multiprocessing as mp, os, pickle, signal, subprocess, sys, threading
 from collections import namedtuple
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from conftest import shared_memory
 from miniai.workers import Parcel, Pool, Run, Task, WorkerTraceback, in_threads, receive, send
 
 XY = namedtuple('XY', 'x y')
 LINUX = sys.platform == 'linux'
 
 def files(): return set(os.listdir('/proc/self/fd')) if LINUX else set()
-def shared(): return set(os.listdir('/dev/shm')) if LINUX else set()
 def children(): return [p for p in mp.active_children() if p.is_alive()]
 def tasks(n, rows=3): return [Task(0, k, torch.arange(rows) + k) for k in range(n)]
 
@@ -23,9 +23,9 @@ def there(o):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    before = files(), shared()
+    before = files(), shared_memory()
     yield
-    def left(): return children(), files() - before[0], shared() - before[1]
+    def left(): return children(), files() - before[0], shared_memory() - before[1]
     if any(left()): gc.collect()
     assert not any(left()), left()
 
