@@ -5,11 +5,12 @@
 # %% ../nbs/51_callbacks.ipynb #f8f7f0c4
 from __future__ import annotations
 import json, os, signal, sys, threading, time
+from contextlib import nullcontext
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .core import batch_size, default_device, map_tensors, to_device
+from .core import batch_size, default_device, map_tensors, process_rank, to_device
 from .learner import Callback, CancelFitException, Learner, accuracy
 from .schedule import one_cycle, turn
 
@@ -33,6 +34,7 @@ class DeviceCB(Callback):
 # %% ../nbs/51_callbacks.ipynb #43feb160
 class MetricsCB(Callback):
     "Means over each pass, of the loss and of every metric, into `learn.row`."
+    watches,shared = True,False
     def __init__(self, *,
         weight=None, # what a batch counts in the means: a function of the learner; its rows when not given
         **metrics,   # `name=f`: `f(preds, targ)` a number for a batch, or an object with `update`, `compute`, `reset`; by default accuracy
@@ -40,11 +42,13 @@ class MetricsCB(Callback):
         metrics = metrics or dict(accuracy=accuracy)
         self.objects = {k: m for k,m in metrics.items() if hasattr(m, 'compute')}
         self.functions = {k: f for k,f in metrics.items() if k not in self.objects}
-        self.names,self.weight = list(metrics),weight
+        self.names,self.weight,self.values = list(metrics),weight,None
         for m in self.objects.values():
             if hasattr(m, 'persistent'): m.persistent(True)        # torchmetrics: what it knows is part of its state
 
     def before_train(self, learn):
+        self.total,self.pooled,self.shared = learn.total,learn.pooled,learn.shared
+        self.check_objects()
         self.seen,self.values = {},{k: [] for k in ('weight', 'loss', *self.functions)}     # before a break, and since
         for m in self.objects.values(): m.reset()
     before_valid = before_train
@@ -52,18 +56,27 @@ class MetricsCB(Callback):
     def after_loss(self, learn):
         preds,targ = learn.preds,learn.targ
         preds = preds.detach() if isinstance(preds, Tensor) else map_tensors(Tensor.detach, preds)
-        self.values['weight'].append(batch_size(learn.batch) if self.weight is None else self.weight(learn))
+        self.values['weight'].append((batch_size(learn.batch) if self.weight is None else self.weight(learn))*(not learn.spare))
         self.values['loss'].append(learn.loss.detach())
         with torch.no_grad():
             for k,f in self.functions.items(): self.values[k].append(f(preds, targ))
-            for m in self.objects.values(): on_device(m, preds).update(preds, targ)
+            for m in () if learn.spare else self.objects.values(): on_device(m, preds).update(preds, targ)
+
+    def check_objects(self):
+        for k,m in self.objects.items() if self.shared else ():
+            if not hasattr(m, 'sync_context'): raise ValueError(
+                f'MetricsCB: {k}, a {type(m).__name__}, counts in one process, and several share each batch; '
+                'give a function, or an object that adds itself up over processes as those of torchmetrics do (`sync_context`)')
 
     def columns(self)->dict:
         "Every batch's weight, loss and metrics so far."
         new = {k: column(vs) for k,vs in self.values.items()}
+        weight = self.total(new['weight'])
+        new = {k: weight if k == 'weight' else self.pooled(v, new['weight']) for k,v in new.items()}
         return {k: torch.cat([self.seen[k], v]) if self.seen else v for k,v in new.items()}
 
     def cleanup_train(self, learn):
+        if self.values is None: return            # another callback failed before it began
         columns = self.columns()
         weight,prefix = columns['weight'],'train' if learn.training else 'valid'
         if not len(weight): return
@@ -94,40 +107,52 @@ def plain(name:str, value)->dict:
 # %% ../nbs/51_callbacks.ipynb #debc71b5
 @patch
 def state_dict(self:MetricsCB):
-    if not hasattr(self, 'values'): return {}
-    return dict(columns=self.columns(), objects={k: m.state_dict() for k,m in self.objects.items() if hasattr(m, 'state_dict')})
+    if self.values is None: return {}
+    def state(m):
+        with m.sync_context() if self.shared else nullcontext(): return m.state_dict()
+    return dict(columns=self.columns(), objects={k: state(m) for k,m in self.objects.items() if hasattr(m, 'state_dict')})
 
 @patch
 def load_state_dict(self:MetricsCB, state):
     self.seen,self.values = state['columns'],{k: [] for k in state['columns']}
+    if self.shared and process_rank(): return         # what all had counted goes on in the first
     for k,saved in state['objects'].items(): self.objects[k].load_state_dict(saved)
 
 # %% ../nbs/51_callbacks.ipynb #57d034af
 class RecordCB(Callback):
-    "Each epoch's row into `learn.rows`, each training step's loss into `learn.losses`; `seconds` is the time of the epoch."
-    order = 10
+    "Each epoch's row into `learn.rows`, each step's training loss into `learn.losses`, their number after each epoch into `learn.ends`."
+    order,watches = 10,True
+    def __init__(self, *,
+        weight=None, # what a part of a batch counts where processes share it, as in `MetricsCB`
+    ): self.weight = weight or (lambda learn: batch_size(learn.batch))
+
     def before_fit(self, learn):
-        self.waiting,self.losses = [],[]      # tensors that nobody has read yet, and numbers
-        learn.losses = self.losses
+        self.waiting,self.losses,self.ends,self.pooled = [],[],[],learn.pooled      # tensors that nobody has read yet, and numbers
+        learn.losses,learn.ends = self.losses,self.ends
     def before_epoch(self, learn): self.start = time.perf_counter()
     def after_loss(self, learn):
-        if learn.training: self.waiting.append(learn.loss.detach())
+        if learn.training: self.waiting.append((learn.loss.detach(), self.weight(learn)*(not learn.spare)))
 
     def read(self):
-        if self.waiting: self.losses += torch.stack(self.waiting).tolist()
+        if not self.waiting: return
+        losses,weights = zip(*self.waiting, strict=True)
+        self.losses += self.pooled(torch.stack(losses), column(weights)).tolist()
         self.waiting = []
 
     def cleanup_epoch(self, learn):
         self.read()
+        self.ends.append(len(self.losses))
         learn.row['seconds'] = time.perf_counter() - self.start
         learn.rows.append(learn.row)
 
     def state_dict(self):
         if not hasattr(self, 'start'): return {}
         self.read()
-        return dict(losses=torch.tensor(self.losses, dtype=torch.float64), seconds=time.perf_counter() - self.start)
+        return dict(losses=torch.tensor(self.losses, dtype=torch.float64), ends=list(self.ends), seconds=time.perf_counter() - self.start)
 
-    def load_state_dict(self, state): self.losses[:],self.start = state['losses'].tolist(),time.perf_counter() - state['seconds']
+    def load_state_dict(self, state):
+        self.losses[:],self.ends[:] = state['losses'].tolist(),state['ends']
+        self.start = time.perf_counter() - state['seconds']
 
 # %% ../nbs/51_callbacks.ipynb #91b485fe
 class SchedCB(Callback):
@@ -176,8 +201,8 @@ def size(dl)->int|None:
 # %% ../nbs/51_callbacks.ipynb #ffaa5d73
 class ProgressCB(Callback):
     "A bar with loss and speed in a terminal; one quiet row an epoch everywhere else."
-    order = 20
-    bar = None
+    order,main_only = 20,True
+    bar = out = None
     def __init__(self,
         file=None, # where to write; standard output when not given
     ): self.file = file
@@ -233,7 +258,7 @@ def add_lines(
 # %% ../nbs/51_callbacks.ipynb #34a6a493
 class LogCB(Callback):
     "Each epoch's row as a line of JSON in a file."
-    order = 20
+    order,main_only = 20,True
     def __init__(self,
         path, # of the file; lines are added to what is there
     ): self.path = Path(path)
@@ -256,6 +281,7 @@ class LogCB(Callback):
 class InterruptCB(Callback):
     "Ctrl-C ends the run after the batch; `learn.interrupted` tells whether it did. A second Ctrl-C is Python's own."
     order = 100                      # the last to hear of a batch, so that all others have
+    together = ('pressed',)
     pressed,before = False,None      # Ctrl-C in this run? Python's own handler
 
     def before_fit(self, learn):
@@ -265,10 +291,12 @@ class InterruptCB(Callback):
 
     def press(self, learn):
         self.cleanup_fit(learn)
-        self.pressed = learn.interrupted = True
+        self.pressed = True
 
     def after_batch(self, learn):
-        if self.pressed: raise CancelFitException
+        if not self.pressed: return
+        learn.interrupted = True
+        raise CancelFitException
 
     def cleanup_fit(self, learn):
         if self.before is not None: signal.signal(signal.SIGINT, self.before)

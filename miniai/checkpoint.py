@@ -4,20 +4,22 @@
 
 # %% ../nbs/54_checkpoint.ipynb #3c1363eb
 from __future__ import annotations
-import hashlib, json, math, os, random, re, shutil, signal, sys, threading, time, weakref
+import hashlib, json, math, os, re, shutil, signal, sys, threading, time, weakref
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
-from .core import default_device
+from .core import alike, chance, default_device, process_rank, set_chance
 from .learner import Callback, Learner
+from .training import falls
 
 # %% auto #0
-__all__ = ['FORMAT', 'VERSION', 'fold', 'unfold', 'chunks', 'write_file', 'write_checkpoint', 'is_pickle', 'CheckpointError',
-           'Checkpoint', 'checkpoints', 'newest', 'open_checkpoint', 'chance', 'set_chance', 'snapshot', 'put_back',
-           'ResumeCB', 'jump', 'CheckpointCB', 'best_checkpoint']
+__all__ = ['FORMAT', 'VERSION', 'fold', 'unfold', 'write_tensors', 'sort_words', 'settled', 'write_checkpoint', 'beside', 'begin',
+           'finish', 'is_pickle', 'CheckpointError', 'Checkpoint', 'checkpoints', 'newest', 'open_checkpoint', 'spelt',
+           'unspelt', 'snapshot', 'put_back', 'ResumeCB', 'jump', 'CheckpointCB', 'best_checkpoint']
 
 # %% ../nbs/54_checkpoint.ipynb #7f514722
 def fold(
@@ -46,6 +48,9 @@ def _path(*names): return '.'.join(str(n) for n in names if n != '')
 # %% ../nbs/54_checkpoint.ipynb #b387b2ef
 def _fold_tensor(x, where, tensors):
     if where in tensors: raise ValueError(f'checkpoint: two tensors have the name {where}')
+    if hasattr(x, 'full_tensor'):                                  # in shards, of which this process has one
+        tensors[where] = x.detach()
+        return {'$tensor': where}
     tensors[where] = copy = torch.empty(x.shape, dtype=x.dtype, device='cpu').copy_(x.detach())
     stride,plain = torch.empty_like(x, device='meta').stride(),{'$tensor': where}           # as a new tensor of this layout would have it
     if stride != copy.stride(): plain['stride'] = list(stride)
@@ -77,40 +82,42 @@ def _device(name):
     return torch.device(name if there else 'cpu')
 
 # %% ../nbs/54_checkpoint.ipynb #6746ba34
-def chunks(
-    tensors:dict, # on the CPU, contiguous
+def write_tensors(
+    path,         # a new file
+    tensors:dict, # on the CPU, contiguous, each with memory of its own
     **words:str,  # to stand in the header
-):                # yields bytes
-    "The bytes of a safetensors file."
-    tensors = dict(sorted(tensors.items(), key=lambda o: -o[1].element_size()))       # then each begins at a multiple of its size
-    header, at = {'__metadata__': {'format': 'pt', **words}}, 0
-    for name,x in tensors.items():
-        if x.dtype not in _DTYPES: raise TypeError(f'checkpoint: {name} is {x.dtype}, which a safetensors file cannot hold')
-        header[name] = dict(dtype=_DTYPES[x.dtype], shape=list(x.shape), data_offsets=[at, at := at + x.nbytes])
-    head = json.dumps(header).encode()
-    head += b' ' * (-len(head) % 8)
-    yield len(head).to_bytes(8, 'little') + head
-    for x in tensors.values(): yield x.flatten().view(torch.uint8).numpy()
+)->dict:          # as `settled`
+    "Write a safetensors file through to the disk."
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    try: save_file(tensors, path, metadata=dict(format='pt', **words))
+    except SafetensorError as e: raise OSError(f'{path}: {e}') from e
+    except KeyError as e:
+        name = next(k for k,x in tensors.items() if x.dtype == e.args[0])
+        raise TypeError(f'checkpoint: {name} is {e.args[0]}, which a safetensors file cannot hold') from e
+    if words: sort_words(path)
+    return settled(path)
 
-_DTYPES = {getattr(torch, k): v for k,v in dict(
-    float64='F64', float32='F32', float16='F16', bfloat16='BF16', int64='I64', int32='I32', int16='I16', int8='I8',
-    uint64='U64', uint32='U32', uint16='U16', uint8='U8', bool='BOOL', float8_e4m3fn='F8_E4M3', float8_e5m2='F8_E5M2').items()}
+def sort_words(
+    path, # a safetensors file
+):
+    "The words of a header by the alphabet: safetensors has them in an order of chance, and the same model is to be the same file."
+    with open(path, 'rb+') as f:
+        n = int.from_bytes(f.read(8), 'little')
+        head = json.loads(f.read(n))
+        head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
+        new = json.dumps(head, separators=(',', ':'), ensure_ascii=False).encode().ljust(n)
+        assert len(new) == n
+        f.seek(8)
+        f.write(new)
 
-# %% ../nbs/54_checkpoint.ipynb #bf67c335
-def write_file(
-    path,   # a new file
-    pieces, # of bytes
-)->dict:    # its `size` in bytes, and its `sha256`
-    "Write a file through to the disk."
-    digest,size = hashlib.sha256(),0
-    with open(path, 'wb') as f:
-        for piece in pieces:
-            f.write(piece)
-            digest.update(piece)
-            size += len(piece)
-        f.flush()
+def settled(
+    path, # a file that was written
+)->dict:  # its `size` in bytes, and its `sha256`
+    "Wait until the disk has a file."
+    with open(path, 'rb+') as f:
         os.fsync(f.fileno())
-    return dict(size=size, sha256=digest.hexdigest())
+        return dict(size=os.fstat(f.fileno()).st_size, sha256=hashlib.file_digest(f, 'sha256').hexdigest())
 
 def _sync(folder):
     "The names in a folder are written through too"
@@ -129,16 +136,31 @@ def write_checkpoint(
 ):
     "Write a checkpoint that is whole or not there."
     folder = Path(folder)
-    part,old = (folder.with_name(folder.name + end) for end in ('.part', '.old'))
-    for o in (part, old): shutil.rmtree(o, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        files = {f'{k}.safetensors': write_file(part/f'{k}.safetensors', chunks(xs)) for k,xs in tensors.items() if xs}
-        write_file(part/'state.json', [_sealed(dict(state, files=files))])
-        _sync(part)
+        part = begin(folder)
+        files = {f'{k}.safetensors': write_tensors(part/f'{k}.safetensors', xs) for k,xs in tensors.items() if xs}
+        finish(folder, dict(state, files=files))
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(beside(folder, 'part'), ignore_errors=True)
         raise
+
+def beside(folder, end): return folder.with_name(f'{folder.name}.{end}')
+
+def begin(folder:Path)->Path:
+    "An empty folder beside it, to be filled."
+    for end in ('part', 'old'): shutil.rmtree(beside(folder, end), ignore_errors=True)
+    beside(folder, 'part').mkdir(parents=True)
+    return beside(folder, 'part')
+
+def finish(
+    folder:Path,
+    state:dict, # plain values, `files` among them: facts as from `settled` of all that was filled in
+):
+    "The folder beside it is full: it is sealed and takes the name."
+    part,old = beside(folder, 'part'),beside(folder, 'old')
+    (part/'state.json').write_bytes(_sealed(state))
+    settled(part/'state.json')
+    _sync(part)
     if folder.exists(): folder.rename(old)
     part.rename(folder)
     _sync(folder.parent)
@@ -169,14 +191,21 @@ class Checkpoint:
         self.state = _read_state(self.folder)
         for name,facts in self.state['files'].items(): _check_file(self.folder/name, **facts)
 
-    def tensors(self, name:str)->dict:
-        "The tensors of one of its files; none where it has no such file."
+    def tensors(self,
+        name:str, # of a part
+        like=None, # `like(name, key, shape)`: in whose form a tensor is wanted, or None
+    )->dict:
+        "The tensors of a part; none where it has none."
         from safetensors.torch import load_file
-        return load_file(self.folder/f'{name}.safetensors') if f'{name}.safetensors' in self.state['files'] else {}
+        if any(o.startswith('shards/') for o in self.state['files']): return self.from_shards(name, like or (lambda *_: None))
+        found = load_file(self.folder/f'{name}.safetensors') if f'{name}.safetensors' in self.state['files'] else {}
+        return {k: x if not like or (o := like(name, k, x.shape)) is None else alike(x, o) for k,x in found.items()}
 
-    def part(self, name:str):
+    def from_shards(self, *_): raise CheckpointError(f'{self.folder} is in shards: `import miniai.sharded`, which knows how they are read')
+
+    def part(self, name:str, like=None):
         "What was folded under that name."
-        return unfold(self.state[name], self.tensors(name))
+        return unfold(self.state[name], self.tensors(name, like))
 
     @property
     def place(self)->tuple: # epoch, `train` or `valid`, number of the next batch
@@ -185,7 +214,9 @@ class Checkpoint:
 
     def __repr__(self):
         epoch,name,batch = self.place
-        return f"Checkpoint({str(self.folder)!r}: goes on in epoch {epoch+1} of {self.state['epochs']}, {name}, batch {batch+1})"
+        epochs = self.state['epochs']
+        where = f'goes on in epoch {epoch+1} of {epochs}, {name}, batch {batch+1}' if epoch < epochs else 'the end'
+        return f'Checkpoint({str(self.folder)!r}: {where})'
 
 # %% ../nbs/54_checkpoint.ipynb #49ab60f9
 def _read_state(folder):
@@ -253,31 +284,29 @@ def open_checkpoint(
             raise CheckpointError(f'{e}. The newest good one is {good.folder}') from e
         raise
 
-# %% ../nbs/54_checkpoint.ipynb #4a054704
-def chance()->dict: # plain values
-    "The state of all global generators."
-    version,words,gauss = random.getstate()
-    name,keys,*rest = np.random.get_state()  # noqa: NPY002  the global generator is the very thing to keep
-    state = dict(python=[version, _hex(np.array(words, np.uint32)), gauss], numpy=[name, _hex(keys), *rest],
-                 torch=_hex(torch.get_rng_state()))
-    if torch.cuda.is_available() and torch.cuda.is_initialized(): state['cuda'] = [_hex(o) for o in torch.cuda.get_rng_state_all()]
-    if torch.backends.mps.is_available(): state['mps'] = _hex(torch.mps.get_rng_state())
-    return state
-
-def set_chance(state:dict):
-    "Go on drawing from where `chance` was taken."
-    version,words,gauss = state['python']
-    random.setstate((version, tuple(_unhex(words, np.uint32).tolist()), gauss))
-    name,keys,*rest = state['numpy']
-    np.random.set_state((name, _unhex(keys, np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(_state(state['torch']))
-    if 'cuda' in state: torch.cuda.set_rng_state_all([_state(o) for o in state['cuda']])
-    if 'mps' in state: torch.mps.set_rng_state(_state(state['mps']))
-
 # %% ../nbs/54_checkpoint.ipynb #dea04a86
 def _hex(x): return np.asarray(x).tobytes().hex()
 def _unhex(text, dtype=np.uint8): return np.frombuffer(bytes.fromhex(text), dtype).copy()
 def _state(text): return torch.from_numpy(_unhex(text))
+
+# %% ../nbs/54_checkpoint.ipynb #64fa881a
+def spelt(
+    state:dict, # from `core.chance`
+)->dict:
+    "The state of generators as plain values."
+    version,words,gauss = state['python']
+    name,keys,*rest = state['numpy']
+    devices = {k: [_hex(o) for o in v] if isinstance(v, list) else _hex(v) for k,v in state.items() if k not in ('python', 'numpy')}
+    return dict(python=[version, _hex(np.array(words, np.uint32)), gauss], numpy=[name, _hex(keys), *rest], **devices)
+
+def unspelt(
+    plain:dict, # from `spelt`
+)->dict:        # for `core.set_chance`
+    "The state of generators."
+    version,words,gauss = plain['python']
+    name,keys,*rest = plain['numpy']
+    devices = {k: [_state(o) for o in v] if isinstance(v, list) else _state(v) for k,v in plain.items() if k not in ('python', 'numpy')}
+    return dict(python=(version, tuple(_unhex(words, np.uint32).tolist()), gauss), numpy=(name, _unhex(keys, np.uint32), *rest), **devices)
 
 # %% ../nbs/54_checkpoint.ipynb #c334ce08
 def _generators(dl):
@@ -304,14 +333,14 @@ def snapshot(
     plain,tensors = ({k: o[i] for k,o in folded.items()} for i in (0, 1))
     return {'epoch': epoch, 'pass': name, 'batch': batch, 'epochs': learn.epochs, 'steps': learn.steps, 'opt': type(learn.opt).__name__,
             'stopped': getattr(learn, 'stopped', False),
-            'chance': chance(), 'generators': _drawn(learn.dls.train, learn.dls.valid), 'entry': learn.entry, **plain}, tensors
+            'chance': spelt(chance()), 'generators': _drawn(learn.dls.train, learn.dls.valid), 'entry': learn.entry, **plain}, tensors
 
 def _jumps(dl): return all(hasattr(dl, o) for o in ('seek', 'state_dict', 'load_state_dict'))
 
 # %% ../nbs/54_checkpoint.ipynb #c6da6210
 def _states(learn):
     "The state of each callback that has one, by its class's name"
-    return {name: state for name,cb in _named(learn.cbs) if (state := cb.state_dict())}
+    return {name: state for name,cb in _named(learn.cbs) if cb.acts and (state := cb.state_dict())}
 
 def _named(cbs):
     "Callbacks with their names; the second of a class is `NAME-2`"
@@ -326,19 +355,22 @@ def put_back(
     checkpoint:Checkpoint,
 ):
     "Make a learner what it was."
-    part = checkpoint.part
+    part = partial(checkpoint.part, like=shards_of(learn))
     callbacks,named = part('callbacks'),dict(_named(learn.cbs))
-    _check_same(learn, checkpoint, callbacks.keys() - named.keys())
+    _check_same(learn, checkpoint, callbacks.keys() - named.keys() - _SPARE)
     learn.model.load_state_dict(part('model'))
     learn.opt.load_state_dict(part('optimizer'))
-    _give_gradients(learn.model, part('gradients'))
-    for name,state in callbacks.items(): named[name].load_state_dict(state)
+    _give_gradients(learn, part('gradients'))
+    for name,state in callbacks.items():
+        if name in named and named[name].acts: named[name].load_state_dict(state)
     learn.row,learn.rows = part('row'),part('rows')
     learn.steps,learn.entry = checkpoint.state['steps'],checkpoint.state['entry']
     _draw_again(checkpoint.state['generators'], learn.dls.train, learn.dls.valid)
-    set_chance(checkpoint.state['chance'])
+    set_chance(unspelt(checkpoint.state['chance']))
 
 # %% ../nbs/54_checkpoint.ipynb #703ecbd7
+_SPARE = {'DistributedCB'}       # what several processes began one can go on with, without it
+
 def _check_same(learn, checkpoint, missing):
     opt,was = type(learn.opt).__name__,checkpoint.state['opt']
     if opt != was:
@@ -347,8 +379,20 @@ def _check_same(learn, checkpoint, missing):
         raise CheckpointError(f'{checkpoint.folder} has the state of {", ".join(sorted(missing))}, and this learner has no such callback; '
                               'make the learner as it was')
 
-def _give_gradients(model, gradients):
-    for k,p in model.named_parameters(): p.grad = gradients[k].to(p.device) if k in gradients else None
+def _give_gradients(learn, gradients):
+    "Those of a window that is not over; where processes add theirs up, to one of them"
+    for k,p in learn.model.named_parameters():
+        mine = hasattr(p, 'full_tensor') or not (learn.shared and process_rank())
+        p.grad = alike(gradients[k], p) if k in gradients and mine else None
+
+def shards_of(learn):
+    "`like(name, key, shape)`: the tensor of a model in shards whose form a saved one is to take, or None."
+    params = dict(learn.model.named_parameters(remove_duplicate=False))
+    memory = {f'state.{i}': p for i,p in enumerate(p for group in learn.opt.param_groups for p in group['params'])}
+    def like(name, key, shape):
+        found = dict(model=params.get(key), gradients=params.get(key), optimizer=memory.get(key.rpartition('.')[0])).get(name)
+        return found if hasattr(found, 'full_tensor') and found.shape == shape else None
+    return like
 
 # %% ../nbs/54_checkpoint.ipynb #b372c451
 class ResumeCB(Callback):
@@ -400,9 +444,11 @@ class _Again:
     "Batches from a loader that cannot jump: those that are done are read again, and then all is put as it was"
     def __init__(self, cb, learn): self.cb,self.learn,self.dl = cb,learn,learn.dl
     def __len__(self): return len(self.dl)
+    @property
+    def batch_sampler(self): return self.dl.batch_sampler
     def __iter__(self):
         entry = self.cb.checkpoint.state['entry']
-        set_chance(entry['chance'])
+        set_chance(unspelt(entry['chance']))
         _draw_again(entry['generators'], self.dl)
         batches = iter(self.dl)
         for _ in islice(batches, self.learn.first): pass
@@ -431,6 +477,7 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_wait_all)
 class CheckpointCB(Callback):
     "Saves the run at the end of every epoch, on SIGTERM and Ctrl-C, and every so often within an epoch."
     order = 90           # after all that count a batch or write down an epoch, before InterruptCB ends the run
+    together = 'told','late'
     def __init__(self,
         folder,              # of the run
         every:int=None,      # training batches from one checkpoint to the next
@@ -451,12 +498,14 @@ class CheckpointCB(Callback):
 
     def before_train(self, learn):
         dl = learn.dl
-        learn.entry = None if _jumps(dl) else dict(chance=chance(), generators=_drawn(dl))
+        learn.entry = None if _jumps(dl) else dict(chance=spelt(chance()), generators=_drawn(dl))
     before_valid = before_train
 
+    def before_batch(self, learn): self.late = bool(self.minutes) and time.monotonic() - self.saved_at > 60*self.minutes
     def after_batch(self, learn):
         self.batches += learn.training
-        if self._due(learn): self.save(learn, learn.epoch, 'train' if learn.training else 'valid', learn.iter + 1)
+        if not self._due(learn): return
+        self.save(learn, learn.epoch, 'train' if learn.training else 'valid', learn.iter + 1)
         if self.told: self._leave(learn)
 
     def before_epoch(self, learn):
@@ -483,9 +532,9 @@ class CheckpointCB(Callback):
 # %% ../nbs/54_checkpoint.ipynb #2e8c89ff
 @patch
 def _due(self:CheckpointCB, learn):
-    if self.told or getattr(learn, 'interrupted', False): return True
-    if self.minutes and time.monotonic() - self.saved_at > 60*self.minutes: return True
-    return bool(self.every) and learn.training and self.batches % self.every == 0
+    asked = self.told or self.late or any(getattr(cb, 'pressed', False) for cb in learn.cbs)
+    if not (asked or self.every and learn.training and self.batches % self.every == 0): return False
+    return not (learn.shared and any(p.grad is not None for p in learn.model.parameters()))      # then each process has its own
 
 @patch
 def terminate(self:CheckpointCB, *_):
@@ -500,20 +549,29 @@ def save(self:CheckpointCB,
     epoch:int, name:str, batch:int, # the place: where it would go on
 ):
     "Write a checkpoint, beside the training."
-    state,tensors = snapshot(learn, epoch, name, batch)
     self.saved_at,folder = time.monotonic(),self.folder/f'checkpoint-{self.batches}'
-    self.writer.start(lambda: self._write(folder, state, tensors))
+    if any(hasattr(p, 'full_tensor') for p in learn.model.parameters()): self.save_shards(folder, snapshot(learn, epoch, name, batch))
+    elif process_rank():                       # the first one writes; what it collects from all needs the others
+        learn.opt.state_dict(), _states(learn)
+        if batch and _jumps(learn.dl): learn.dl.state_dict()
+    else:
+        state,tensors = snapshot(learn, epoch, name, batch)
+        self.writer.start(lambda: self._write(folder, state, tensors))
 
 @patch
-def _write(self:CheckpointCB, folder, state, tensors):
+def _write(self:CheckpointCB, folder, state, tensors, write=write_checkpoint):
     self.problem = None
     try:
-        write_checkpoint(folder, state, tensors)
-        self._thin_out()
+        write(folder, state, tensors)
+        if not process_rank(): self._thin_out()
     except Exception as e:
         there = checkpoints(self.folder)
         self.problem = f'{folder} was not written ({e}); ' + (f'the last one is {there[0]}' if there else 'there is none yet')
-        _say(f'{self.problem}. Training goes on')
+        if not process_rank(): _say(f'{self.problem}. Training goes on')
+
+@patch
+def save_shards(self:CheckpointCB, *_):
+    raise CheckpointError('the model is in shards: `import miniai.sharded`, which knows how they are saved')
 
 # %% ../nbs/54_checkpoint.ipynb #3bf8f898
 @patch
@@ -527,6 +585,7 @@ def _thin_out(self:CheckpointCB):
 @patch
 def _leave(self:CheckpointCB, learn):
     "Say how to go on, and end the program"
+    if process_rank(): raise SystemExit(0)
     self.writer.wait()
     if self.problem: raise SystemExit(f'miniai: SIGTERM: {self.problem}')
     how = self.how or f"learn.fit({learn.epochs}, resume={str(self.folder)!r})"
@@ -537,6 +596,7 @@ def _leave(self:CheckpointCB, learn):
 @patch
 def _clear(self:CheckpointCB, learn):
     "Make room for this run, and for no other; is it a new one?"
+    if process_rank(): return not any(isinstance(cb, ResumeCB) for cb in learn.cbs)
     self.folder.mkdir(parents=True, exist_ok=True)
     for o in self.folder.glob('checkpoint-*.part'): shutil.rmtree(o)
     there = checkpoints(self.folder)
@@ -556,7 +616,7 @@ def best_checkpoint(
     name:str, # in the row of an epoch: lower is better if it has `loss` or `error` in it, otherwise higher
 ):            # the folder of a checkpoint, or None
     "The checkpoint at the end of the best epoch among those that are there."
-    sign,scores = -1 if re.search('loss|error', name) else 1,{}
+    sign,scores = -1 if falls(name) else 1,{}
     for o in checkpoints(run):
         state = _read_state(o)
         row = unfold(state['rows'], {})[-1:] if (state['pass'], state['batch']) == ('train', 0) else []

@@ -4,7 +4,7 @@
 
 # %% ../nbs/52_hooks.ipynb #8456160f
 from __future__ import annotations
-import copy, html, math, random
+import copy, html, math
 from collections import defaultdict
 from contextlib import nullcontext
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from .autograd import Tape, units
-from .core import map_tensors, to_device
+from .core import chance, map_tensors, set_chance, to_device, torch_chance
 from .learner import Callback, Learner, parts
 from .tape import Aside, leading, open_tapes
 
@@ -254,27 +254,15 @@ class Meter(Operators):
         return y
 
 # %% ../nbs/52_hooks.ipynb #b75d22f5
-def _torch_chance(): return torch.get_rng_state(),torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-def _set_torch_chance(state):
-    torch.set_rng_state(state[0])
-    if state[1]: torch.cuda.set_rng_state_all(state[1])
-
-def _chance(): return random.getstate(),np.random.get_state(),_torch_chance()  # noqa: NPY002
-def _set_chance(state):
-    random.setstate(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
-    _set_torch_chance(state[2])
-
-# %% ../nbs/52_hooks.ipynb #175acfde
 class untouched:
     "`with untouched(model):` gradients, buffers and all chance are afterwards what they were before."
     def __init__(self, model): self.model = model
     def __enter__(self):
-        self.state,self.buffers = _chance(),[(b, b.clone()) for b in self.model.buffers()]
+        self.state,self.buffers = chance(),[(b, b.clone()) for b in self.model.buffers()]
         self.grads = [(p, p.grad) for p in self.model.parameters()]
         for p,_ in self.grads: p.grad = None
     def __exit__(self, *error):
-        _set_chance(self.state)
+        set_chance(self.state)
         for p,g in self.grads: p.grad = g
         with torch.no_grad():
             for b,was in self.buffers: b.copy_(was)
@@ -399,7 +387,7 @@ class Snapshot:
     def __init__(self, learn):
         self.model,self.opt = _copied(dict(learn.model.state_dict())),copy.deepcopy(learn.opt.state_dict())
         self.grads = [None if p.grad is None else p.grad.clone() for p in learn.model.parameters()]
-        self.cbs,self.chance,self.steps = [(cb, _copied(cb.state_dict())) for cb in learn.cbs],_chance(),learn.steps
+        self.cbs,self.chance,self.steps = [(cb, _copied(cb.state_dict())) for cb in learn.cbs],chance(),learn.steps
 
     def restore(self, learn):
         "Put it all back."
@@ -408,7 +396,7 @@ class Snapshot:
         for p,g in zip(learn.model.parameters(), self.grads, strict=True): p.grad = None if g is None else g.clone()
         for cb,state in self.cbs:
             if state: cb.load_state_dict(_copied(state))
-        _set_chance(self.chance)
+        set_chance(self.chance)
         learn.steps = self.steps
 
 def _copied(state): return map_tensors(torch.clone, state)
@@ -506,7 +494,7 @@ class NanGuardCB(Callback):
     def before_batch(self, learn):
         if not learn.training: return
         if len(self.batches) >= self.every or self.bytes > self.most: self.look(learn)
-        self.batches.append((learn.epoch, learn.iter, learn.batch, _torch_chance()))
+        self.batches.append((learn.epoch, learn.iter, learn.batch, torch_chance()))
         map_tensors(self.weigh, learn.batch)
 
     def after_loss(self, learn):
@@ -539,10 +527,10 @@ def blame(self:NanGuardCB, learn):
     with nullcontext() if learn.engine in open_tapes() else learn.engine, torch.enable_grad():
         for learn.epoch,learn.iter,learn.batch,dice in self.batches:
             before = Snapshot(learn)
-            _set_torch_chance(dice)
+            set_chance(dice)
             if told := self.again(learn):
                 before.restore(learn)
-                _set_torch_chance(dice)
+                set_chance(dice)
                 raise FloatingPointError(self.report(learn, *told))
     learn.epoch,learn.iter,learn.batch = kept
     self.good.restore(learn)

@@ -4,15 +4,15 @@
 
 # %% ../nbs/56_inference.ipynb #3d0880db
 from __future__ import annotations
-import json, os
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 import torch
 from torch import Tensor
-from .checkpoint import Checkpoint, CheckpointError, chunks, is_pickle, write_file
-from .core import batch_size, map_tensors
+from .checkpoint import Checkpoint, CheckpointError, is_pickle, write_tensors
+from .core import alike, batch_size, map_tensors, process_rank, whole_file
 from .learner import Callback, CancelBatchException, CancelValidException, Learner, parts
 
 # %% auto #0
@@ -117,20 +117,20 @@ def _table(items, names):
 def save(self:Learner,
     path, # a file, `model.safetensors` for example
 ):
-    "The model's weights and buffers as a file that is whole or not there."
-    path = Path(path)
-    part = path.with_name(path.name + '.part')
-    tensors = {k: v.detach().cpu().contiguous() for k,v in self.model.state_dict().items()}
+    "The model's weights and buffers as a file that is whole or not there. Of several processes all ask, and the first writes."
+    whole = {k: v.full_tensor() if hasattr(v, 'full_tensor') else v for k,v in self.model.state_dict().items()}
+    if process_rank(): return
+    tensors = {k: v.detach().to('cpu', copy=True).contiguous() for k,v in whole.items()}                # tied ones too
     row = {k: v for k,v in self.row.items() if k != 'seconds'}          # the same model is the same file
-    write_file(part, chunks(tensors, row=json.dumps(row)))
-    os.replace(part, path)
+    with whole_file(path) as tmp: write_tensors(tmp, tensors, row=json.dumps(row))
 
 @patch
 def load(self:Learner,
     path, # from `save`, or the folder of a checkpoint
 ):
     "Take weights and buffers; returns the learner."
-    self.model.load_state_dict(read_model(path))
+    here = self.model.state_dict()
+    self.model.load_state_dict({k: alike(x, here[k]) if k in here else x for k,x in read_model(path).items()})
     return self
 
 # %% ../nbs/56_inference.ipynb #3a233708

@@ -13,22 +13,24 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor
 from . import autograd
-from .core import batch_size, did_you_mean, map_tensors
+from .compile import Compiled, leaves
+from .core import batch_size, did_you_mean, map_tensors, process_rank
 from .data import join
 from .nn import cross_entropy
 from .optim import SGD
 
 # %% auto #0
 __all__ = ['LEVELS', 'EVENTS', 'VERBS', 'CANCEL', 'accuracy', 'fit', 'Callback', 'CancelFitException', 'CancelEpochException',
-           'CancelTrainException', 'CancelValidException', 'CancelBatchException', 'parts', 'Learner', 'set_epoch']
+           'CancelTrainException', 'CancelValidException', 'CancelBatchException', 'parts', 'Learner', 'set_epoch',
+           'CompileCB', 'undisturbed']
 
 # %% ../nbs/50_learner.ipynb #c28c5add
 def accuracy(
     preds:Tensor, # (n, c) scores
-    targ:Tensor,  # (n,) classes
+    targ:Tensor,  # (n,) classes, or (n, c) their probabilities, as mixed images have them
 )->Tensor:        # a number from 0 to 1
     "How often the highest score is at the right class."
-    return (preds.argmax(1) == targ).float().mean()
+    return (preds.argmax(1) == (targ if targ.ndim == 1 else targ.argmax(1))).float().mean()
 
 # %% ../nbs/50_learner.ipynb #29bf3152
 def fit(
@@ -67,6 +69,9 @@ VERBS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
 class Callback:
     "Subclass it and name methods after events, called with the learner, or after verbs, called with the learner and `do`."
     order = 0     # callbacks with a lower order are called first, and are the outer ones where several stand in for a verb
+    watches = False # does it only look at predictions and loss, so that the step may be done when it hears of them?
+    main_only = False # where several processes train together: does it act in the first of them only, as what writes and draws?
+    together = ()   # names of its yes-or-no attributes that become true in all processes as soon as they are in one
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -76,6 +81,11 @@ class Callback:
             if name in VERBS: _check_verb(cls, name)
         if (cls.state_dict is Callback.state_dict) != (cls.load_state_dict is Callback.load_state_dict):
             raise TypeError(f'{cls.__name__} has one of state_dict and load_state_dict; a state that is saved is also taken back')
+
+    @property
+    def acts(self)->bool:
+        "Does it act in this process?"
+        return not (self.main_only and process_rank())
 
     def state_dict(self)->dict:
         "What is needed to go on in the middle of a run: plain values and tensors, in dictionaries and lists."
@@ -153,11 +163,12 @@ class Learner:
         cbs=(),                   # callbacks
         engine:str='torch',       # who fills `grad`: PyTorch's autograd, or our tape
         target=None,              # what of a batch is wanted, as in `parts`
+        compile:bool|str=False,   # steps as programs: `replay`, or `inductor` (True), see `miniai.compile`
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func,self.target = model,dls,loss_func,lr,opt_func,target
         self.cbs,self.epoch,self.steps,self.row,self.rows = [],0,0,{},[]
         self.engine_name,self.engine = engine,autograd.engine(engine)
-        self.add_cbs(cbs)
+        self.add_cbs([*([cbs] if isinstance(cbs, Callback) else cbs), *([CompileCB(compile)] if compile else [])])
 
     # the five verbs
     def predict(self):
@@ -228,6 +239,12 @@ class Learner:
         "The part of the training that is done, from 0 to 1."
         return (self.epoch + self.iter/len(self.dl)) / self.epochs
 
+    # where several processes train together, `miniai.distributed` puts others in the place of these
+    shared = False    # is each batch shared with other processes?
+    spare = False     # is this one there only to give a process something to do?
+    def total(self, x): return x
+    def pooled(self, values, weights): return values
+
     def resumed(self, run):
         "The callback that takes up a saved run; none for a new one"
         if run is None: return ()
@@ -265,7 +282,7 @@ def add_cbs(self:Learner, cbs):
     self.listeners = defaultdict(list)
     for cb in self.cbs:
         for event in EVENTS:
-            if hasattr(cb, event): self.listeners[event].append(getattr(cb, event))
+            if hasattr(cb, event) and cb.acts: self.listeners[event].append(getattr(cb, event))
     for verb in VERBS: self._stand_in(verb)
     return self
 
@@ -299,6 +316,70 @@ def set_epoch(
     for o in (dl, getattr(dl, 'batch_sampler', None), getattr(dl, 'sampler', None)):
         if hasattr(o, 'set_epoch'): return o.set_epoch(epoch)
 
+# %% ../nbs/50_learner.ipynb #7ef0afc2
+class CompileCB(Callback):
+    "Training steps as programs; those that cannot be are done as always."
+    order = 2000         # the innermost: what others do around a verb stays around it
+    def __init__(self,
+        backend:str|bool='replay', # or `inductor`, which is also what True means
+        improve=None,              # `improve(graph, inputs)` may change a graph before it is made a program
+    ): self.backend,self.improve = backend,improve
+
+    def before_fit(self, learn): self.compiled = self.now = None
+
+    def program(self, learn):
+        if not self.compiled:
+            self.compiled = Compiled(partial(self.answer, learn), [learn.model, learn.loss_func], learn.opt, self.backend,
+                                     undisturbed(learn), self.improve)
+        self.values = leaves(learn.batch)
+        return self.compiled.program((learn.batch,), self.values)
+
+    def answer(self, learn, batch):
+        "Loss and output by the learner's own verbs, for the record"
+        type(learn).predict(learn)
+        type(learn).get_loss(learn)
+        return learn.loss, (learn.output, learn.preds)
+
+    def predict(self, learn, do):
+        self.now = self.program(learn) if learn.training else None
+        if not self.now: return do()
+        self.loss,(learn.output,learn.preds) = self.now.start(self.values)
+        self.seen = learn.batch, learn.output, learn.preds
+
+    def get_loss(self, learn, do):
+        if not self.now: return do()
+        if any(a is not b for a,b in zip(self.seen, (learn.batch, learn.output, learn.preds), strict=True)):
+            raise RuntimeError('compile: a callback put another batch or other predictions in place after the step was begun; '
+                               'do so in before_batch, in the model, or without compile')
+        learn.loss = self.loss if self.compiled.whole else self.loss.requires_grad_()
+
+    def backward(self, learn, do):
+        if not self.now: return do()
+        if self.compiled.whole: return
+        if learn.loss is self.loss: seed = torch.ones_like(self.loss)
+        else:
+            learn.loss.backward()
+            seed = self.loss.grad
+        self.now.finish(seed)
+
+    def step(self, learn, do):
+        if self.now and self.compiled.whole: learn.steps += 1
+        else: do()
+
+    def zero_grad(self, learn, do):
+        if not (self.now and self.compiled.whole): do()
+
+    def __repr__(self): return f'CompileCB({self.backend!r})'
+
+# %% ../nbs/50_learner.ipynb #c95a5ef8
+def undisturbed(learn)->bool:
+    "May all five verbs happen at once, because nobody does anything between them?"
+    others = [cb for cb in learn.cbs if not isinstance(cb, CompileCB)]
+    own = type(learn).backward is Learner.backward and type(learn).step is Learner.step and type(learn).zero_grad is Learner.zero_grad
+    listens = [cb for cb in others if hasattr(cb, 'after_backward') or
+               not cb.watches and (hasattr(cb, 'after_predict') or hasattr(cb, 'after_loss'))]
+    return own and not listens and not any(hasattr(type(cb), v) for cb in others for v in VERBS[1:])
+
 # %% ../nbs/50_learner.ipynb #e3b0dd17
 @patch
 @contextmanager
@@ -311,7 +392,7 @@ def aside(self:Learner):
 # %% ../nbs/50_learner.ipynb #7e4866a2
 class _Collect(Callback):
     "Every batch's predictions and targets"
-    order = 1000
+    order,watches = 1000,True
     def __init__(self): self.preds,self.targs,self.own_loss = [],[],False
     def after_predict(self, learn):
         for kept,o in ((self.preds, learn.preds), (self.targs, learn.targ)): kept.append(map_tensors(lambda x: x.detach().cpu(), o))
@@ -345,7 +426,7 @@ def item_losses(self:Learner,
 # %% ../nbs/50_learner.ipynb #38f0030f
 class _Loss(Callback):
     "The mean loss of a validation pass, each batch by its rows"
-    order = -1
+    order,watches = -1,True
     def before_valid(self, learn): self.sum,self.n = 0.,0
     def after_loss(self, learn):
         n = batch_size(learn.batch)
@@ -369,7 +450,9 @@ def __repr__(self:Learner):
     def acts(cb):
         verbs = [f'in place of {v}' for v in VERBS if hasattr(type(cb), v)]
         return ', '.join([e for e in EVENTS if hasattr(cb, e)] + verbs)
-    def batches(dl): return f'{len(dl):,}' if hasattr(dl, '__len__') else 'a stream of'
+    def batches(dl):
+        try: return f'{len(dl):,}'
+        except TypeError: return 'a stream of'
     n,opt = sum(p.numel() for p in self.model.parameters()),getattr(self.opt_func, 'func', self.opt_func)
     head = (f'Learner({type(self.model).__name__} of {n:,} parameters, {getattr(opt, "__name__", opt)}, engine {self.engine_name}, '
             f'{batches(self.dls.train)} batches to learn from, {batches(self.dls.valid)} to be judged by)')

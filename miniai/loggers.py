@@ -4,33 +4,33 @@
 
 # %% ../nbs/55_loggers.ipynb #87411956
 from __future__ import annotations
-import csv, math, os, threading, time
+import csv, math, threading, time
 from importlib import import_module
 from pathlib import Path
 import torch
 from .callbacks import size
+from .core import whole_file
 from .learner import Callback, CancelFitException
 
 # %% auto #0
-__all__ = ['CSVLogCB', 'Tracker', 'need', 'TensorBoardCB', 'TrackioCB', 'WandbCB', 'in_notebook', 'show_again', 'LivePlotCB',
-           'StopButtonCB', 'fit_aside']
+__all__ = ['CSVLogCB', 'Tracker', 'need', 'TensorBoardCB', 'ServiceCB', 'TrackioCB', 'WandbCB', 'in_notebook', 'show_again',
+           'LivePlotCB', 'StopButtonCB', 'fit_aside']
 
 # %% ../nbs/55_loggers.ipynb #c6aa806e
 class CSVLogCB(Callback):
     "The rows of all epochs so far as a CSV file."
     order = 20           # after RecordCB has put the row in its place
+    main_only = True
     def __init__(self,
         path, # of the file, which is written over
     ): self.path = Path(path)
 
     def cleanup_epoch(self, learn):
         rows = learn.rows if any(row is learn.row for row in learn.rows) else [*learn.rows, learn.row]
-        part = self.path.with_name(self.path.name + '.part')
-        with part.open('w', newline='') as f:
+        with whole_file(self.path) as tmp, open(tmp, 'w', newline='') as f:
             table = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
             table.writeheader()
             table.writerows(rows)
-        os.replace(part, self.path)
 
     def __repr__(self): return f'CSVLogCB({str(self.path)!r})'
 
@@ -38,6 +38,7 @@ class CSVLogCB(Callback):
 class Tracker(Callback):
     "Collects loss and learning rate of every step, and each epoch's row; subclasses have `open(step)`, `write(step, values)`, `close()`."
     order = 25
+    main_only = True
     run = ident = None       # what is open; its name, if it goes on
     def __init__(self,
         every:int=50, # steps are told in bunches of so many
@@ -105,48 +106,40 @@ class TensorBoardCB(Tracker):
     def __repr__(self): return f'TensorBoardCB({str(self.folder)!r})'
 
 # %% ../nbs/55_loggers.ipynb #ab534540
-class TrackioCB(Tracker):
+class ServiceCB(Tracker):
+    "What trackio and Weights & Biases have in common: the one took over the other's words."
+    module = key = None      # its module; what a run is known by again
+    def __init__(self,
+        project:str,  # what runs are kept under
+        name=None,    # of this run
+        every:int=50, # steps are told in bunches of so many
+        **kwargs,     # for the service's `init`
+    ):
+        super().__init__(every)
+        self.service,self.kwargs = need(self.module, self.module, type(self).__name__),dict(project=project, name=name, **kwargs)
+
+    def open(self, step):
+        again = {} if self.ident is None else {self.key: self.ident, 'resume': 'must'}
+        run = self.service.init(**{**self.kwargs, **again})
+        self.ident,self.next = getattr(run, self.key),self.next_step(run)
+        return run
+
+    def next_step(self, run)->int: "The step after the last that the service has of this run; 0 of a new one."; raise NotImplementedError
+    def write(self, step, values):
+        first = self.next if 'step_loss' in values else self.next-1        # of the last step the epoch's row may be missing
+        if step >= first: self.run.log(values, step=step)
+    def close(self): self.run.finish()
+    def __repr__(self): return f"{type(self).__name__}({self.kwargs['project']!r})"
+
+class TrackioCB(ServiceCB):
     "Numbers for trackio, on this machine or in a Space."
-    def __init__(self,
-        project:str,  # what runs are kept under
-        name=None,    # of this run
-        every:int=50, # steps are told in bunches of so many
-        **kwargs,     # for `trackio.init`
-    ):
-        super().__init__(every)
-        self.module,self.kwargs = need('trackio', 'trackio', 'TrackioCB'),dict(project=project, name=name, **kwargs)
+    module,key = 'trackio','name'
+    def next_step(self, run): return getattr(run, '_next_step', 0)      # it has no public name
 
-    def open(self, step):
-        again = {} if self.ident is None else dict(name=self.ident, resume='must')
-        run = self.module.init(**{**self.kwargs, **again})
-        self.ident = run.name
-        return run
-
-    def write(self, step, values): self.run.log(values, step=step)
-    def close(self): self.run.finish()
-    def __repr__(self): return f"TrackioCB({self.kwargs['project']!r})"
-
-# %% ../nbs/55_loggers.ipynb #5ce0e858
-class WandbCB(Tracker):
+class WandbCB(ServiceCB):
     "Numbers for Weights & Biases."
-    def __init__(self,
-        project:str,  # what runs are kept under
-        name=None,    # of this run
-        every:int=50, # steps are told in bunches of so many
-        **kwargs,     # for `wandb.init`
-    ):
-        super().__init__(every)
-        self.module,self.kwargs = need('wandb', 'wandb', 'WandbCB'),dict(project=project, name=name, **kwargs)
-
-    def open(self, step):
-        again = {} if self.ident is None else dict(id=self.ident, resume='must')
-        run = self.module.init(**{**self.kwargs, **again})
-        self.ident = run.id
-        return run
-
-    def write(self, step, values): self.run.log(values, step=step)
-    def close(self): self.run.finish()
-    def __repr__(self): return f"WandbCB({self.kwargs['project']!r})"
+    module,key = 'wandb','id'
+    def next_step(self, run): return run.starting_step
 
 # %% ../nbs/55_loggers.ipynb #0a0899c9
 def in_notebook()->bool:
@@ -169,6 +162,7 @@ def show_again():
 class LivePlotCB(Callback):
     "Curves of the run so far, drawn anew while it trains; where nobody watches, once at the end."
     order = 30
+    main_only = True
     def __init__(self,
         share:float=.1,  # of the time may go into drawing
         show=None,       # called with each figure; by default it is displayed in place of the one before
@@ -176,7 +170,7 @@ class LivePlotCB(Callback):
 
     def before_fit(self, learn):
         self.live,self.show = self.given is not None or in_notebook(),self.given or show_again()
-        self.losses,self.waiting,self.next = [],[],0.
+        self.losses,self.ends,self.waiting,self.next = [],[],[],0.
 
     def after_batch(self, learn):
         if not learn.training: return
@@ -184,6 +178,7 @@ class LivePlotCB(Callback):
         if self.live and time.perf_counter() >= self.next: self.draw(learn, learn.epoch-1 + (learn.iter+1)/(size(learn.dl) or learn.iter+2))
 
     def cleanup_epoch(self, learn):
+        self.ends.append(len(self.losses) + len(self.waiting))
         if self.live: self.draw(learn, learn.epoch)
     def cleanup_fit(self, learn):
         if not self.live and learn.rows: self.draw(learn, learn.epoch)
@@ -196,7 +191,8 @@ class LivePlotCB(Callback):
         began = time.perf_counter()
         self.read()
         def empty(epoch): return dict(epoch=epoch, train_loss=math.nan)
-        fig = plot_curves([*(learn.rows or [empty(0)]), empty(at)], self.losses)        # from the first epoch up to here
+        ends = [*self.ends, len(self.losses)] if learn.rows else None
+        fig = plot_curves([*(learn.rows or [empty(0)]), empty(at)], self.losses, ends)  # from the first epoch up to here
         self.show(fig)
         plt.close(fig)
         now = time.perf_counter()
@@ -209,13 +205,14 @@ class LivePlotCB(Callback):
     def state_dict(self):
         if not hasattr(self, 'losses'): return {}
         self.read()
-        return dict(losses=torch.tensor(self.losses, dtype=torch.float64))
-    def load_state_dict(self, state): self.losses,self.waiting = state['losses'].tolist(),[]
+        return dict(losses=torch.tensor(self.losses, dtype=torch.float64), ends=list(self.ends))
+    def load_state_dict(self, state): self.losses,self.ends,self.waiting = state['losses'].tolist(),list(state['ends']),[]
 
 # %% ../nbs/55_loggers.ipynb #7001c144
 class StopButtonCB(Callback):
     "A button in the notebook that ends the run after the batch; `learn.interrupted` tells whether it was pressed."
     order = 100          # the last to hear of a batch, so that all others have
+    together = ('pressed',)
     def __init__(self):
         self.button,self.pressed = need('ipywidgets', 'notebook', 'StopButtonCB').Button(description='Stop', disabled=True),False
         self.button.on_click(self.press)

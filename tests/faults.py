@@ -2,12 +2,12 @@
 
     python tests/faults.py [KILLS] [SEED]      20 kills of each run if not given
 
-Each life is a process that ends by SIGKILL: at a random moment, or at a random step of writing a checkpoint (between two pieces of a
+Each life is a process that ends by SIGKILL: at a random moment, or at a random step of writing a checkpoint (in the middle of a
 file, before or after an fsync, a rename, a removal).  Then the next one takes the run up.  What is compared, to the bit, with a run of
 one life: weights, buffers, the loss of every batch, the rows of every epoch and the lines of the log, and the number of steps."""
 import os, random, shutil, signal, sys, tempfile, time
 from pathlib import Path
-import torch
+import safetensors.torch, torch
 from miniai import checkpoint, optim
 from miniai.callbacks import LogCB
 from miniai.checkpoint import CheckpointCB
@@ -39,12 +39,12 @@ def suicide(step):
             tick(); out = f(*args, **kwargs); tick()
             return out
         return g
-    real = checkpoint.chunks
-    def chunks(tensors):
-        for piece in real(tensors):
-            tick()
-            yield memoryview(piece)[:len(piece)//2]; tick(); yield memoryview(piece)[len(piece)//2:]
-    checkpoint.chunks = chunks
+    real = safetensors.torch.save_file
+    def save_file(tensors, path, metadata):
+        tick(); real(tensors, path, metadata)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:len(whole)//2]); tick(); path.write_bytes(whole); tick()
+    safetensors.torch.save_file = save_file
     checkpoint.os.fsync,checkpoint.shutil.rmtree,Path.rename = around(os.fsync),around(shutil.rmtree),around(Path.rename)
 
 def live(run, cbs, step=None, **kw):

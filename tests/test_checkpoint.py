@@ -1,11 +1,12 @@
 "Runs that are stopped anywhere and taken up again end with the weights, rows and losses of a run that nobody disturbed: equal to the bit."
-import json, os, pickle, shutil, signal, subprocess, sys, threading
+import hashlib, json, os, pickle, shutil, signal, subprocess, sys, threading
 from itertools import product
-import pytest, torch
-from safetensors.torch import load_file
+import pytest, safetensors, torch
+from safetensors.torch import load_file, save
 from miniai import nn, optim
 from miniai.callbacks import DeviceCB, InterruptCB, LogCB, MetricsCB, RecordCB, SchedCB, ScheduleFreeCB
-from miniai.checkpoint import CheckpointCB, CheckpointError, best_checkpoint, checkpoints, chunks, fold, is_pickle, newest, open_checkpoint, set_chance, unfold
+from miniai.checkpoint import CheckpointCB, CheckpointError, best_checkpoint, checkpoints, fold, is_pickle, newest, open_checkpoint, unfold, unspelt, write_tensors
+from miniai.core import set_chance
 from miniai.data import Dataset, MapDataset
 from miniai.datasets import DataLoaders
 from miniai.learner import Callback, Learner
@@ -141,24 +142,28 @@ def test_a_state_comes_back_as_it_was():
     equal(state, back)
     assert str(unfold(json.loads(json.dumps(fold(dict(nan=float('nan')))[0])), {})['nan']) == 'nan'
 
-def test_what_no_file_can_hold_is_told():
+def test_what_no_file_can_hold_is_told(tmp_path):
     with pytest.raises(TypeError, match='CountCB.seen is a set, which is neither a plain value nor a tensor'): fold(dict(CountCB=dict(seen=set())))
     with pytest.raises(ValueError, match='two tensors have the name a.b'): fold({'a': {'b': torch.zeros(1)}, 'a.b': torch.zeros(1)})
-    with pytest.raises(TypeError, match='x is torch.complex64, which a safetensors file cannot hold'): list(chunks(dict(x=torch.zeros(2, dtype=torch.complex64))))
+    with pytest.raises(TypeError, match='x is torch.complex128, which a safetensors file cannot hold'): write_tensors(tmp_path/'x', dict(a=torch.zeros(2), x=torch.zeros(2, dtype=torch.complex128)))
+    with pytest.raises(OSError, match='no/x'): write_tensors(tmp_path/'no'/'x', dict(a=torch.zeros(2)))
 
-def test_tensors_are_read_by_the_safetensors_library(tmp_path):
+def test_the_same_tensors_and_words_are_the_same_file(tmp_path):
+    "Whatever order safetensors takes the words in, and whatever letters are in them"
+    for i in range(20): write_tensors(tmp_path/str(i), dict(b=torch.ones(2), a=torch.zeros(3)), row='{"a": 1}', name='naïve "π"\n')
+    assert len({(tmp_path/str(i)).read_bytes() for i in range(20)}) == 1
+    with safetensors.safe_open(tmp_path/'0', 'pt') as f: assert f.metadata() == dict(format='pt', row='{"a": 1}', name='naïve "π"\n') and f.get_tensor('b').tolist() == [1, 1]
+
+def test_a_file_of_tensors_is_what_is_said_of_it(tmp_path):
     tensors = {str(d): torch.randn(3, 5).mul(9).to(d) for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)}
-    data = b''.join(bytes(c) for c in chunks(tensors))
-    (tmp_path/'x').write_bytes(data)
+    said = write_tensors(tmp_path/'x', tensors)
     for k,x in load_file(tmp_path/'x').items(): assert torch.equal(x.view(torch.uint8), tensors[k].view(torch.uint8)) and x.dtype == tensors[k].dtype
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
-    assert all(header[k]['data_offsets'][0] % x.element_size() == 0 for k,x in tensors.items())
+    assert said == dict(size=(tmp_path/'x').stat().st_size, sha256=hashlib.sha256((tmp_path/'x').read_bytes()).hexdigest())
 
 def test_no_length_of_a_header_makes_a_pickle_of_it(tmp_path):
     for n in range(1, 1500, 3):
-        data = b''.join(bytes(c) for c in chunks({'x'*n: torch.zeros(1)}))
-        (tmp_path/'x').write_bytes(data)
-        assert not is_pickle(tmp_path/'x'), data[:9]
+        (tmp_path/'x').write_bytes(save({'x'*n: torch.zeros(1)}))
+        assert not is_pickle(tmp_path/'x')
     for protocol in (2, 3, 4, 5):
         (tmp_path/'x').write_bytes(pickle.dumps({'a': torch.zeros(3)}, protocol))
         assert is_pickle(tmp_path/'x')
@@ -332,12 +337,14 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_checkpoint import *
 class Alarm:
-    "In a worker, when the main process waits for it: SIGTERM to all"
+    "In a worker, when the main process waits for it: SIGTERM to all, once"
     seen = 0
     def __call__(self, row):
         self.seen += 1
         if self.seen == 20:
             time.sleep(.7)
+            try: (Path({run!r}).parent/'sent').touch(exist_ok=False)
+            except FileExistsError: return row
             os.killpg(0, signal.SIGTERM)
         return row
 learn = new(Path({run!r}), loader=lambda ds, train: DataLoader(MapDataset(ds, Alarm()), 16, shuffle=train, num_workers=2, prefetch=1))
@@ -398,6 +405,6 @@ def test_a_run_that_ends_before_its_first_epochs_checkpoint_begins_as_it_began(t
     again.fit(EPOCHS, resume=True)
     whole = new(None)
     whole.model.load_state_dict(load_file(tmp_path/'beginning'/'model.safetensors'))
-    set_chance(json.loads((tmp_path/'beginning'/'state.json').read_text())['state']['chance'])
+    set_chance(unspelt(json.loads((tmp_path/'beginning'/'state.json').read_text())['state']['chance']))
     whole.fit(EPOCHS)
     same(result(again), result(whole))

@@ -29,6 +29,11 @@ class Diary(Callback):
         if name not in EVENTS: raise AttributeError(name)
         return lambda learn: self.events.append(name)
 
+def test_accuracy_takes_classes_and_their_probabilities():
+    preds, targ = torch.eye(4)[[0, 1, 2, 3]], torch.tensor([0, 1, 0, 3])
+    mixed = .7*torch.eye(4)[targ] + .3*torch.eye(4)[[3, 2, 1, 0]]
+    assert accuracy(preds, targ).item() == accuracy(preds, mixed).item() == .75
+
 def test_learner_equals_fit_number_for_number():
     learn = new_learner(MetricsCB(), RecordCB())
     learn.fit(3)

@@ -94,7 +94,7 @@ def test_metrics_are_not_read_off_batch_by_batch():
         def after_train(self, learn):
             for cb in learn.cbs:
                 if isinstance(cb, MetricsCB): cb.values['loss'] = [o.as_subclass(torch.Tensor) for o in cb.values['loss']]
-                if isinstance(cb, RecordCB): cb.waiting = [o.as_subclass(torch.Tensor) for o in cb.waiting]
+                if isinstance(cb, RecordCB): cb.waiting = [(o.as_subclass(torch.Tensor), n) for o,n in cb.waiting]
     learn = new_learner(Seal(), MetricsCB(), RecordCB(), Unseal())
     learn.fit(1, valid=False)
     assert len(learn.losses) == 7
@@ -140,9 +140,11 @@ def test_files_of_a_broken_run_are_those_of_a_whole_one(tmp_path):
 TRACKERS = {'tensorboard': lambda tmp: TensorBoardCB(tmp/'board', every=3), 'trackio': lambda tmp: TrackioCB('project', 'me', every=3), 'wandb': lambda tmp: WandbCB('project', 'me', every=3)}
 
 def by_step(told):
-    "`{step: values}` of what a tracker was told"
+    "`{step: values}` of what a tracker was told; nothing of it twice"
     found = {}
-    for step,values in (o for o in told if isinstance(o, tuple) and isinstance(o[0], int)): found.setdefault(step, {}).update(values)
+    for step,values in (o for o in told if isinstance(o, tuple) and isinstance(o[0], int)):
+        assert not values.keys() & found.setdefault(step, {}).keys(), f'step {step} was told twice'
+        found[step].update(values)
     return found
 
 @pytest.mark.parametrize('extra', TRACKERS)
@@ -158,12 +160,16 @@ def test_a_tracker_is_told_every_step_and_every_epoch(extra, tmp_path, monkeypat
 @pytest.mark.parametrize('extra', TRACKERS)
 def test_a_run_that_goes_on_goes_on_in_its_tracker(extra, tmp_path, monkeypatch):
     told = trackers.install(monkeypatch)[extra]
-    def run(*cbs, **kw): new_learner(MetricsCB(), RecordCB(), TRACKERS[extra](tmp_path), CheckpointCB(tmp_path/'run', every=1), *cbs).fit(2, **kw)
-    run(StopAt(9))
-    run(resume=tmp_path/'run')
-    begins = [o for o in told if o[0] == 'begin']
+    def run(*cbs, **kw):
+        learn = new_learner(MetricsCB(), RecordCB(), TRACKERS[extra](tmp_path), CheckpointCB(tmp_path/'run', every=3), *cbs)
+        learn.fit(2, **kw)
+        return learn
+    run(StopAt(11))                               # the last checkpoint is that of step 9: 10 and 11 come again
+    learn = run(resume=tmp_path/'run')
+    begins,steps = [o for o in told if o[0] == 'begin'],by_step(told)
     assert len(begins) == 2 and begins[1] == (('begin', 10) if extra == 'tensorboard' else ('begin', 'project', 'must'))
-    assert list(by_step(told)) == list(range(1, 15))
+    assert sorted(steps) == list(range(1, 15)) and [steps[i+1]['step_loss'] for i in range(14)] == learn.losses
+    for epoch in (0, 1): assert steps[7*epoch+7]['valid_loss'] == learn.rows[epoch]['valid_loss']
 
 def test_a_state_leaves_nothing_untold(tmp_path, monkeypatch):
     told = trackers.install(monkeypatch)['wandb']
@@ -184,37 +190,85 @@ def test_every_extra_that_is_named_is_one_of_ours():
     extras = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['optional-dependencies']
     assert {'tensorboard', 'trackio', 'wandb', 'notebook', 'torchmetrics'} <= extras.keys()
 
+# The real ones: where they are installed, and by `make trackers`.  Each in a process of its own, that trains, stops two steps after a checkpoint, and goes on.
+
+REAL = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]
+from pathlib import Path
+from test_loggers import *
+tmp = Path(sys.argv[1])
+def run(*cbs, **kw):
+    cb = MAKE
+    learn = new_learner(MetricsCB(), RecordCB(), cb, CheckpointCB(tmp/'run', every=3), *cbs)
+    learn.fit(2, **kw)
+    return learn
+run(StopAt(11))
+learn = run(resume=tmp/'run')
+"""
+
+def real(package, make, check, tmp_path, **env):
+    pytest.importorskip(package)
+    code = REAL.replace('MAKE', make) + check
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
 def test_the_real_tensorboard_reads_what_was_written(tmp_path):
-    pytest.importorskip('tensorboard')
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    learn = new_learner(MetricsCB(), RecordCB(), TensorBoardCB(tmp_path))
-    learn.fit(2)
-    board = EventAccumulator(str(tmp_path)).Reload()
-    assert [o.value for o in board.Scalars('step_loss')] == pytest.approx(learn.losses) and [o.step for o in board.Scalars('step_loss')] == list(range(1, 15))
-    assert [o.value for o in board.Scalars('valid_accuracy')] == pytest.approx([row['valid_accuracy'] for row in learn.rows])
+    real('tensorboard', "TensorBoardCB(tmp/'board', every=3)", """
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+board = EventAccumulator(str(tmp/'board')).Reload()
+assert [o.step for o in board.Scalars('step_loss')] == list(range(1, 15))
+assert [o.value for o in board.Scalars('step_loss')] == pytest.approx(learn.losses)
+assert [o.value for o in board.Scalars('valid_accuracy')] == pytest.approx([row['valid_accuracy'] for row in learn.rows])
+""", tmp_path)
 
 def test_the_real_trackio_keeps_what_was_told(tmp_path):
-    pytest.importorskip('trackio')
-    code = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]
-from test_loggers import *
-learn = new_learner(MetricsCB(), RecordCB(), TrackioCB('miniai-test', 'one', every=3)); learn.fit(2)
+    real('trackio', "TrackioCB('miniai-test', 'one', every=3)", """
 from trackio.sqlite_storage import SQLiteStorage
 logs = SQLiteStorage.get_logs('miniai-test', 'one')
-assert len([o for o in logs if 'step_loss' in o]) == 14 and len([o for o in logs if 'valid_loss' in o]) == 2, logs
-"""
-    subprocess.run([sys.executable, '-c', code], check=True, env={**os.environ, 'TRACKIO_DIR': str(tmp_path)}, stdout=subprocess.DEVNULL)
+assert [o['step'] for o in logs if 'step_loss' in o] == list(range(1, 15)), logs
+assert [o['step_loss'] for o in logs if 'step_loss' in o] == learn.losses
+assert [o['valid_loss'] for o in logs if o['step'] in (7, 14) and 'valid_loss' in o] == [row['valid_loss'] for row in learn.rows]
+""", tmp_path, TRACKIO_DIR=str(tmp_path/'trackio'))
 
-def test_the_real_wandb_runs_without_a_network(tmp_path, monkeypatch):
-    pytest.importorskip('wandb')
-    monkeypatch.setenv('WANDB_SILENT', 'true')
-    cb = WandbCB('miniai-test', mode='offline', dir=str(tmp_path))
-    seen = []
-    class See(Callback):
-        order = 40
-        def after_epoch(self, learn): seen.append(cb.ident)
-    new_learner(MetricsCB(), RecordCB(), cb, See()).fit(2)
-    assert seen[1] and list((tmp_path/'wandb').glob(f'offline-run-*-{seen[1]}/*.wandb'))
+def test_the_real_wandb_runs_without_a_network(tmp_path):
+    real('wandb', "WandbCB('miniai-test', every=3, mode='offline', dir=str(tmp))", """
+from wandb.proto.wandb_internal_pb2 import Record
+def records(data):
+    "What is in a run's file: blocks of 32 kB with pieces of checksum, length, kind (whole, first, middle, last) and content; 7 bytes stand before all"
+    at,whole = 7,b''
+    while at+7 <= len(data):
+        if 32768 - at%32768 < 7: at += 32768 - at%32768
+        n,kind = int.from_bytes(data[at+4:at+6], 'little'),data[at+6]
+        whole += data[at+7:at+7+n]
+        at += 7+n
+        if kind in (1, 4): yield whole; whole = b''
+def told(path):
+    for data in records(path.read_bytes()):
+        record = Record(); record.ParseFromString(data)
+        if record.WhichOneof('record_type') == 'history': yield {'/'.join(o.nested_key) or o.key: json.loads(o.value_json) for o in record.history.item}
+first,second = sorted((tmp/'wandb').glob('offline-run-*/*.wandb'), key=lambda p: p.parent.name.split('-')[2]+p.parent.name)
+assert first.name == second.name, 'it goes on under the same name'
+rows = {row['_step']: row for p in (first, second) for row in told(p)}
+assert [rows[i+1]['step_loss'] for i in range(14)] == learn.losses
+assert [rows[i]['valid_loss'] for i in (7, 14)] == [row['valid_loss'] for row in learn.rows]
+""", tmp_path, WANDB_SILENT='true')
+
+def test_stand_ins_take_what_the_real_ones_take():
+    import inspect
+    from importlib import import_module
+    def check(real, ours):
+        theirs = inspect.signature(real).parameters
+        unknown = [k for k in inspect.signature(ours).parameters if k not in theirs]
+        assert not unknown, f'{real} takes no {unknown}, only {list(theirs)}'
+    here = {name: pytest.importorskip(name) for name in ('tensorboard', 'trackio', 'wandb')}
+    init,own = trackers.service([], False).init,dict(trackio='id', wandb='')
+    writer = import_module('torch.utils.tensorboard').SummaryWriter
+    for name in ('__init__', 'add_scalar', 'close'): check(getattr(writer, name), getattr(trackers.SummaryWriter, name))
+    for name,what in own.items():
+        theirs = inspect.signature(here[name].init).parameters
+        assert [k for k in inspect.signature(init).parameters if k not in theirs and k != what] == []
+        assert list(inspect.signature(here[name].Run.log).parameters)[2] == 'step' and hasattr(here[name].Run, 'finish')
+    assert isinstance(here['wandb'].Run.starting_step, property)
 
 # ---- a pipe and a notebook (the terminal is in test_learner)
 

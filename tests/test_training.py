@@ -9,7 +9,7 @@ from miniai.data import Dataset
 from miniai.hooks import Snapshot
 from miniai.learner import Callback, CancelBatchException, CancelFitException, Learner
 from miniai.loader import DataLoader
-from miniai.training import AccumulateCB, AmpCB, ClipCB, EarlyStopCB, EMACB, LRFind, TimerCB, smoothed, tokens
+from miniai.training import AccumulateCB, AmpCB, ClipCB, EarlyStopCB, EMACB, HardCB, LRFind, TimerCB, smoothed, tokens
 
 ENGINES = pytest.mark.parametrize('engine', ['torch', 'tape'])
 
@@ -90,7 +90,7 @@ def test_tokens_weigh_parts_and_a_part_without_any_spoils_nothing(n, engine):
     assert (run(4, AccumulateCB(n)) - run(4*n)).abs().max() > 1e-4
 
 def test_tokens_can_leave_out_the_first_of_each_row():
-    learn = SimpleNamespace(targ=torch.tensor([[1, 2, -100], [3, 4, 5]]))
+    learn = SimpleNamespace(targ=torch.tensor([[1, 2, -100], [3, 4, 5]]), spare=False)
     assert tokens()(learn) == 5 and tokens(shift=True)(learn) == 3 and tokens(ignore=1)(learn) == 5
 
 def test_weights_of_ones_own():
@@ -260,6 +260,69 @@ def test_steps_that_overflow_are_left_out_whole(engine):
 
 def test_amp_says_what_there_is():
     with pytest.raises(ValueError, match="no 'bf16x'; did you mean bf16"): AmpCB('bf16x')
+
+# ---- hard rows
+
+class Orders(Callback):
+    "The rows of every epoch, and the batches' row numbers as the data have them"
+    order = 100
+    def before_fit(self, learn): self.epochs = []
+    def before_train(self, learn): self.epochs.append(learn.dl.batch_sampler.batches(learn.epoch).order)
+
+@ENGINES
+def test_hard_rows_are_those_of_a_loop_written_out(engine):
+    learn = new_learner(HardCB((1, .5, .3)), orders := Orders(), engine=engine)
+    learn.fit(4)
+    model,ds = mlp().double(),rows(100)
+    opt,last = torch.optim.SGD(model.parameters(), lr=learn.lr, momentum=.9),torch.full((100,), torch.inf)
+    whole = DataLoader(ds, 16, shuffle=True).batch_sampler
+    for epoch,n in enumerate((100, 50, 30, 30)):
+        hard = set(last.argsort(descending=True)[:n].tolist())
+        order = torch.tensor([i for i in whole.batches(epoch).order.tolist() if i in hard])
+        assert orders.epochs[epoch].equal(order)
+        for i in order.split(16):
+            x,targ = ds[i]
+            losses = torch.nn.functional.cross_entropy(model(x), targ, reduction='none')
+            losses.mean().backward()
+            opt.step(), opt.zero_grad()
+            last[i] = losses.detach().float()
+    close(weights(learn), torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+@pytest.mark.parametrize('compile', [False, 'replay'])
+def test_every_row_of_a_batch_that_came_is_known(compile):
+    class Skip(Callback):
+        order = -5
+        def before_batch(self, learn):
+            if learn.training and learn.epoch == 0 and learn.iter in (1, 3): raise CancelBatchException
+    learn = new_learner(HardCB((1, .5)), Skip(), orders := Orders(), compile=compile)
+    learn.fit(2)
+    first,second = orders.epochs
+    missed = set(first[16:32].tolist() + first[48:64].tolist())          # never seen: they count as hardest
+    assert missed < set(second.tolist())
+
+def test_the_sampler_comes_back_also_after_a_fault():
+    class Fails(Callback):
+        def after_step(self, learn): raise ZeroDivisionError
+    learn = new_learner(HardCB((1, .5)), Fails())
+    sampler = learn.dls.train.batch_sampler.sampler
+    with pytest.raises(ZeroDivisionError): learn.fit(1)
+    assert learn.dls.train.batch_sampler.sampler is sampler and len(learn.dls.train) == 7
+
+def test_hard_rows_in_worker_processes_are_the_same():
+    def run(**kw):
+        dls = SimpleNamespace(train=DataLoader(rows(60), 16, shuffle=True, **kw), valid=[])
+        learn = Learner(mlp().double(), dls, cbs=HardCB((1, .5)))
+        learn.fit(3, valid=False)
+        return weights(learn)
+    assert run().equal(run(num_workers=2, context='thread', seed_rows=False))
+
+def test_hard_rows_need_rows_that_have_numbers():
+    theirs = torch.utils.data.DataLoader(rows(20), 4)
+    for train in (theirs, [next(iter(theirs))]):
+        learn = Learner(mlp().double(), SimpleNamespace(train=train, valid=[]), cbs=HardCB())
+        with pytest.raises(ValueError, match='has no sampler with an order of rows'): learn.fit(1, valid=False)
+    for keep in ((), (1, 0), (2,)):
+        with pytest.raises(ValueError, match='each above 0 and up to 1'): HardCB(keep)
 
 # ---- enough
 
