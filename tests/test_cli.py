@@ -1,5 +1,8 @@
 "The command as a shell sees it: what it writes, says and returns, for good input and bad."
 import fcntl, json, os, pty, shutil, signal, struct, subprocess, sys, termios, time
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
+from types import SimpleNamespace
 import pytest
 from PIL import Image
 
@@ -37,7 +40,8 @@ def test_a_run_folder_has_everything(trained):
 
 def test_outside_a_terminal_there_is_one_quiet_row_an_epoch(trained):
     lines = trained[1].stdout.splitlines()
-    assert lines[0].split() == ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy'] and len(lines[1].split()) == 5
+    assert lines[0].startswith('fast=auto: ')
+    assert lines[1].split() == ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy'] and len(lines[2].split()) == 5
     assert '\r' not in trained[1].stdout and 'of 1,000 test images are right' in trained[1].stdout and 'miniai predict c' in trained[1].stdout
 
 def test_same_seed_same_numbers(trained):
@@ -72,13 +76,13 @@ def test_predict_takes_images_of_any_size_colour_and_background(trained):
     ('train --model cn', 'there is no model cn; did you mean cnn?'),
     ('train --epochs many', "invalid int value: 'many'"),
     ('train --epochs 0', '--epochs is a number from 1 up, it is 0'),
-    ('train --bs 0', '--bs is a number of images from 1 up, it is 0'),
+    ('train --bs 0', '--bs is a number of rows from 1 up, it is 0'),
     ('train --data sample --bs 4001', '--bs 4001 is more than the 4,000 training images; take one up to 4,000'),
     ('train --lr 0', '--lr is a step length above 0, it is 0.0'),
     ('train --lr nan', '--lr is a step length above 0, it is nan'),
     ('train --seed -1', '--seed is a whole number from 0 up, it is -1'),
     ('train --device gpu', 'device gpu is not to be had here'),
-    ('train --data nowhere', 'nowhere is not a folder'),
+    ('train --data nowhere', 'there is no folder or file nowhere, and a data set on the Hub is called owner/name'),
     ('train --data sample --out a', 'a holds a run already; choose another --out, or go on with: miniai resume a'),
     ('train --opt adamv', '--opt adamv is not known; did you mean adamw?'),
     ('train --sched one-cicle', '--sched one-cicle is not known; did you mean one-cycle?'),
@@ -118,7 +122,7 @@ def test_a_damaged_model_is_told(trained):
 def test_help_explains_every_option(trained):
     done = miniai('train', '--help', cwd=trained[0])
     for flag in ('--epochs', '--bs', '--lr', '--model', '--data', '--seed', '--device', '--out'): assert flag in done.stdout
-    assert 'mlp or cnn (default: cnn)' in ' '.join(done.stdout.split())
+    assert 'for images cnn, mlp or timm:NAME, for texts bag or transformer; when not given, the first' in ' '.join(done.stdout.split())
     assert miniai('--version', cwd=trained[0]).stdout.startswith('miniai 0.')
 
 def test_runs_are_numbered_and_never_written_over(tmp_path):
@@ -240,9 +244,8 @@ def odd_data(tmp_path_factory):
     from miniai.fashion import FASHION
     root = tmp_path_factory.mktemp('data')
     features = Features(image=HFImage(), label=ClassLabel(names=FASHION))
-    def image(side=28): return np.full((side, side), 7, np.uint8)
-    good = dict(image=[image()]*20, label=list(range(10))*2)
-    bad = {'mixed sizes': dict(good, image=[image()]*19 + [image(32)]), 'empty': dict(image=[], label=[]), 'labels': dict(good, label=[-1]*20)}
+    good = dict(image=[np.full((28, 28), 7, np.uint8)]*20, label=list(range(10))*2)
+    bad = {'empty': dict(image=[], label=[]), 'labels': dict(good, label=[-1]*20)}
     for name, rows in bad.items():
         (root/name).mkdir()
         Dataset.from_dict(rows, features=features).to_parquet(root/name/'train.parquet')
@@ -253,7 +256,6 @@ def odd_data(tmp_path_factory):
     return root
 
 @pytest.mark.parametrize('name, said', [
-    ('mixed sizes', '2 sizes h×w cannot be one tensor: 28×28 (rows: 19, first 0), 32×32 (rows: 1, first 19)'),
     ('empty', 'split train has no rows'),
     ('labels', 'label: -1 in row 0 is no class: there are names for 0 to 9'),
     ('torn', '20 of uint8 is 20 bytes, but 7 are there'),
@@ -262,3 +264,135 @@ def test_data_that_cannot_be_trained_on_is_told(odd_data, tmp_path, name, said):
     done = miniai('train', '--data', odd_data/name, '--out', 'r', cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr
     assert not (tmp_path/'r').exists()
+
+# ---- data of any kind
+
+def inside(*argv, cwd, input=''):
+    "As `miniai`, but in this process, which has everything imported already"
+    from miniai.cli import main
+    out,err,stdin = StringIO(),StringIO(),sys.stdin
+    sys.stdin = StringIO(input)
+    try:
+        with chdir(cwd), redirect_stdout(out), redirect_stderr(err): code = main([str(o) for o in argv])
+    except SystemExit as e: code = e.code
+    finally: sys.stdin = stdin
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+@pytest.fixture(scope='module')
+def field(tmp_path_factory):
+    "A table of sentences and a folder of pictures; a run on each, the first with all that may be said"
+    import random
+    cwd = tmp_path_factory.mktemp('field')
+    words,chance = dict(weather='sunny cloudy rainy windy'.split(), food='bread cheese apple soup'.split()), random.Random(1)
+    rows = [(f'we had {chance.choice(words[k])} and "more", today', k) for _ in range(60) for k in words]
+    (cwd/'talk.jsonl').write_text('\n'.join(json.dumps(dict(said=a, about=b)) for a,b in rows))
+    for i in range(20):
+        for name, shade in dict(dark=(90, 10, 10), light=(10, 200, 250)).items():
+            path = cwd/'shades'/'train'/name/f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (30 + i%3, 26), shade).save(path)
+    text = inside('train', '--data', 'talk.jsonl', '--target', 'about', '--model', 'transformer', '--length', 12, '--epochs', 2, '--bs', 8, '--lr', .003, '--out', 'talk', cwd=cwd)
+    image = inside('train', '--data', 'shades', '--epochs', 1, '--bs', 4, '--size', 20, '--fast', 'exact', '--out', 'look', cwd=cwd)
+    assert text.returncode == image.returncode == 0, text.stderr + image.stderr
+    return cwd, text, image
+
+def test_a_run_on_texts_has_everything(field):
+    cwd, done, _ = field
+    assert files(cwd/'talk') == ['config.json', 'confusion.png', 'curves.png', 'examples.txt', 'log.jsonl', 'model.safetensors', 'predictions.txt', 'vocab.json']
+    config = json.loads((cwd/'talk/config.json').read_text())
+    assert {k: config[k] for k in ('kind', 'input', 'target', 'model', 'opt', 'length', 'names')} == dict(
+        kind='text', input='said', target='about', model='transformer', opt='adamw', length=12, names=['food', 'weather'])
+    assert 'rows are held out' in done.stderr and 'of 12 held-out texts are right' in done.stdout
+    assert 'miniai predict talk - < talk/examples.txt' in done.stdout and 'miniai train --data talk.jsonl --input said --target about --model bag' in done.stdout
+    assert (cwd/'talk/predictions.txt').read_text().splitlines()[0].split() == ['said', 'is']
+
+def test_texts_are_predicted_from_words_and_from_standard_input(field):
+    cwd, *_ = field
+    done = inside('predict', 'talk', 'some soup, and bread', 'a rainy and windy day', '¿qué?', cwd=cwd)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith('some soup, and bread: food ') and lines[1].startswith('a rainy and windy day: weather ') and lines[2].endswith('[no word of it is known]')
+    done = inside('predict', 'talk', '-', '--json', cwd=cwd, input='cheese\n\ncloudy\n')
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [o['text'] for o in said] == ['cheese', 'cloudy'] and [max(o['said'], key=o['said'].get) for o in said] == ['food', 'weather']
+
+def test_a_run_on_pictures_in_colour_and_of_any_size(field):
+    cwd, done, _ = field
+    config = json.loads((cwd/'look/config.json').read_text())
+    assert {k: config[k] for k in ('kind', 'c_in', 'size', 'model', 'opt')} == dict(kind='image', c_in=3, size=20, model='cnn', opt='sgd')
+    assert files(cwd/'look') == FILES and Image.open(cwd/'look/examples/light.png').size == (20, 20)
+    assert inside('predict', 'look', 'shades/train/light/3.png', cwd=cwd).stdout.startswith('shades/train/light/3.png: light ')
+
+def test_eval_on_the_same_rows_and_on_others(field):
+    cwd, *_ = field
+    for run in ('talk', 'look'):
+        said = json.loads(inside('eval', run, '--json', cwd=cwd).stdout)
+        assert said['valid_loss'] == pytest.approx(log(cwd/run)[-1]['valid_loss'], rel=1e-5)
+    (cwd/'new.csv').write_text('what,kind\nhot soup,food\nwindy,weather\nbread,food\n')
+    done = inside('eval', 'talk', '--data', 'new.csv', '--input', 'what', '--target', 'kind', cwd=cwd)
+    assert done.stdout.startswith('100.00% of 3 texts are right') and 'held out' not in done.stderr
+    (cwd/'odd.csv').write_text('said,about\nhot soup,drink\n')
+    done = inside('eval', 'talk', '--data', 'odd.csv', cwd=cwd)
+    assert done.returncode == 2 and "about: 'drink' in row 0 of train is none of the classes: food, weather" in done.stderr
+
+def test_a_run_on_texts_goes_on_and_its_config_is_passed_back(field, tmp_path):
+    cwd, *_ = field
+    shutil.copytree(cwd/'talk', tmp_path/'talk')
+    for name in ('talk.jsonl', 'shades'): (tmp_path/name).symlink_to(cwd/name)
+    shutil.rmtree(tmp_path/'talk'/'checkpoint-28')                              # as if it had been killed in the second epoch
+    assert inside('resume', 'talk', cwd=tmp_path).returncode == 0 and weights(tmp_path/'talk') == weights(cwd/'talk')
+    assert inside('train', '--config', 'talk/config.json', '--out', 'again', cwd=tmp_path).returncode == 0
+    for name in ('config.json', 'vocab.json', 'model.safetensors'): assert (tmp_path/'again'/name).read_bytes() == (cwd/'talk'/name).read_bytes()
+    (tmp_path/'talk.jsonl').unlink()
+    (tmp_path/'talk.jsonl').write_text((cwd/'talk.jsonl').read_text().replace('sunny', 'snowy'))
+    done = inside('resume', 'talk', '--epochs', 3, cwd=tmp_path)
+    assert done.returncode == 2 and 'the data is not what talk was trained on: its words differ' in done.stderr
+
+@pytest.mark.parametrize('line, said', [
+    ('train --data talk.jsonl', 'which column is the target? there are said (string), about (string); say --target NAME'),
+    ('train --data talk.jsonl --target abuot', '--target abuot: there is no such column; did you mean about?'),
+    ('train --data talk.jsonl --target about --model cnn', '--model cnn is for images, and these are texts: take bag or transformer'),
+    ('train --data shades --model bag', '--model bag is for texts, and these are images: take cnn or mlp'),
+    ('train --data shades --size 0', '--size is a number of pixels from 1 up, it is 0'),
+    ('train --data talk.jsonl --target about --length 0', '--length is a number of words from 1 up, it is 0'),
+    ('train --data talk.jsonl --target about --bs 200', '--bs 200 is more than the 108 training texts'),
+    ('train --data nobody/nothing', "nobody/nothing is not in Hugging Face's cache"),
+    ('train --data shades --model timm:resnet18', '--model timm:resnet18 needs timm, which is not here: pip install "miniai-torch[timm]"'),
+    ('lr-find --data shades --lo 1 --hi .1', '--lo 1.0 has to be above 0 and below --hi 0.1'),
+    ('lr-find --data shades --mdoel cnn', 'there is no --mdoel; did you mean --model?'),
+    ('predict talk', 'which texts? for example: miniai predict talk "words to judge"'),
+    ('eval look --data talk.jsonl --input said --target about', 'about'),
+])
+def test_a_mistake_with_data_is_a_sentence_too(field, line, said):
+    done = inside(*line.split(), cwd=field[0])
+    assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+def test_lr_find_suggests_draws_and_leaves_no_run(tmp_path):
+    done = inside('lr-find', '--data', 'sample', '--model', 'mlp', '--steps', 40, '--out', 'x.png', '--json', cwd=tmp_path)
+    said = json.loads(done.stdout)
+    assert 1e-4 < said['lr'] < 1 and said['lr'] in said['lrs'] and len(said['lrs']) == len(said['losses']) <= 40
+    assert [p.name for p in tmp_path.iterdir()] == ['x.png'] and Image.open(tmp_path/'x.png').width > 400
+    (tmp_path/'c.json').write_text('{"data": "sample", "model": "mlp", "epochs": 9}')
+    done = inside('lr-find', '--config', 'c.json', '--steps', 30, cwd=tmp_path)
+    assert 'next:\n  miniai train --data sample --model mlp --lr ' in done.stdout and (tmp_path/'lr-find.png').exists()
+
+# -- recipes and levers
+
+@pytest.mark.parametrize(('words', 'said'), [
+    ('--recipe fashion-fats', 'did you mean fashion-fast'), ('--recipe fashion-fast --lr .2', 'the recipe fashion-fast says what it is'),
+    ('--fast turbo', '--fast turbo is not known'), ('--compile replai', 'did you mean replay')])
+def test_levers_and_recipes_that_are_not_known(words, said, tmp_path):
+    done = inside('train', *words.split(), '--data', 'sample', '--out', 'r', cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and not list(tmp_path.iterdir())
+
+def test_a_recipe_that_is_interrupted_goes_on_as_a_program(tmp_path):
+    "One process that does both epochs, and one that is told to stop after the first; steps are replayed in both"
+    words = ('train', '--recipe', 'fashion-fast', '--data', 'sample', '--epochs', 2, '--compile', 'replay')
+    assert miniai(*words, '--out', 'a', cwd=tmp_path).returncode == 0
+    config = json.loads((tmp_path/'a/config.json').read_text())
+    assert (config['model'], config['bs'], config['amp'], config['opt'], config['fast']) == ('fastnet', 256, 'bf16', None, 'off')
+    assert miniai(*words, '--out', 'b', cwd=tmp_path).returncode == 0
+    last = max((tmp_path/'b').glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))
+    shutil.rmtree(last)                                                                         # as if it had been killed in the second
+    done = miniai('resume', 'b', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/'a/model.safetensors').read_bytes() == (tmp_path/'b/model.safetensors').read_bytes()
