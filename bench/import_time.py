@@ -19,7 +19,9 @@ def seconds(code):
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument('--repeats', type=int, default=9)
-    repeats = ap.parse_args().repeats
+    ap.add_argument('--small', action='store_true', help='one turn, to see whether it runs')
+    args = ap.parse_args()
+    repeats = 1 if args.small else args.repeats
     times = {name: [] for name in CASES}
     for turn in range(repeats+1):                      # the first turn warms the disk's cache
         for name, code in CASES.items():

@@ -5,17 +5,10 @@ import argparse, io, json, statistics, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
-from torch import nn
+from autograd import cnn, mlp
 from miniai.callbacks import LogCB, MetricsCB, ProgressCB, RecordCB
 from miniai.learner import Learner
 from report import write
-
-def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(784, 50), nn.ReLU(), nn.Linear(50, 10))
-
-def cnn():
-    layers, c = [], 1
-    for n in (8, 16, 32, 64): layers += [nn.Conv2d(c, n, 3, 2, 1, bias=False), nn.BatchNorm2d(n), nn.ReLU()]; c = n
-    return nn.Sequential(*layers, nn.Conv2d(64, 10, 3, 2, 1), nn.Flatten())
 
 CASES = {     # the model, its batch, and the ratio of times that we aim at
     'MLP 784-50-10, batch 64': (mlp, 64, 1.1),
