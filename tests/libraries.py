@@ -5,10 +5,11 @@
 
 PyTorch's autograd is the judge: the same model, the same batch, the same seed, in training mode with its dropout.
 timm wants torchvision, which it needs for pictures only: an empty one stands in while it is imported."""
-import copy, itertools, logging, os, sys, warnings
+import copy, itertools, json, logging, os, sys, tempfile, warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from unittest.mock import MagicMock
 import torch
@@ -236,6 +237,33 @@ def checkpointed(name):
         return model,run
     return make
 
+# ---- theirs on our command line
+
+def asked(*argv):
+    "What `miniai` says on standard output; it has to end well"
+    from miniai.cli import main
+    with redirect_stdout(StringIO()) as out: code = main([str(o) for o in argv])
+    if code: raise AssertionError(f'miniai {" ".join(map(str, argv))}: {code}')
+    return out.getvalue()
+
+def painted(folder, n, mode, size):
+    "Pictures of two classes, sorted into folders"
+    from PIL import Image
+    for i,(name,shade) in itertools.product(range(n), dict(dark=40, light=200).items()):
+        (folder/name).mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size, shade+i if mode == 'L' else (shade+i, shade, shade)).save(folder/name/f'{i}.png')
+    return folder
+
+def command(name, mode, size, lr):
+    "Trained, read back, evaluated; what its log says against what `miniai eval` says of it"
+    with nullcontext() if 'timm' in sys.modules else no_torchvision(): import timm  # noqa: F401  so that ours finds it without torchvision
+    with tempfile.TemporaryDirectory() as tmp, redirect_stderr(StringIO()):
+        data = painted(Path(tmp)/'data', 20, mode, (size, size))
+        said = json.loads(asked('train', '--data', data, '--model', f'timm:{name}', '--epochs', 2, '--bs', 8, '--lr', lr, '--fast', 'exact', '--out', f'{tmp}/run', '--json'))
+        again = json.loads(asked('eval', f'{tmp}/run', '--json'))
+        assert 'light' in asked('predict', f'{tmp}/run', data/'light'/'0.png')
+    return f'{mode} of {size}×{size}: trained by `miniai train --fast exact`, read back by `miniai eval`: loss','',abs(again['valid_loss']/said['epochs'][-1]['valid_loss']-1)
+
 # ---- ours in ONNX
 
 def residual():
@@ -285,6 +313,8 @@ def checks():
         yield f'timm {name}',partial(ours_inside, partial(timm_net, name)),TOL[double]
     for name,kwargs in dict(SGD=dict(lr=.1, momentum=.9), AdamW=dict(lr=3e-3, weight_decay=.1)).items():
         yield 'timm resnet10t in our Sequential',partial(trained, partial(timm_net, 'resnet10t'), name, **kwargs),TOL[double]*100
+    for name,mode,size in (('resnet10t', 'RGB', 40), ('vit_tiny_patch16_224', 'L', 32), ('mobilenetv3_small_050', 'L', 33)):
+        yield f'timm:{name} on the command line',partial(command, name, mode, size, 1e-3),TOL[single]
     for name,(make, batch) in ONNX.items(): yield f'ONNX {name}',partial(onnx, make, batch),TOL[single]
 
 def row(name, work, tol):
