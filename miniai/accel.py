@@ -662,7 +662,7 @@ def pull(self:FastCB, learn, device):
     if auto and has_bf16(device) and is_large(model) and not any(isinstance(cb, AmpCB) for cb in learn.cbs):
         self.names.append('bf16')
         self.amp = AmpCB('bf16')
-    if cpu and self.kernels and not hasattr(model, '_orig_mod'):      # a compiled model has its own
+    if cpu and self.kernels and not learn.shared and not hasattr(model, '_orig_mod'):      # a compiled model has its own
         self.names.append(TRIAL)
         if not (compiled := next((cb for cb in learn.cbs if isinstance(cb, CompileCB)), None)): self.mode = Kernels()
         else:
@@ -712,7 +712,7 @@ def state_dict(self:FastCB):
 
 @patch
 def load_state_dict(self:FastCB, state):
-    if TRIAL not in self.names or state['machine'] != machine(): return
+    if TRIAL not in self.names or state.get('machine') != machine(): return
     known(machine()).update(state['times'])
     _chosen.clear()
     self.decided = state['decided']

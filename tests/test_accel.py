@@ -611,6 +611,17 @@ def test_a_run_goes_on_with_the_kernels_it_had(engine, fast, opt, tmp_path, alwa
     fit(again, 2, resume=tmp_path/'run')
     for k,x in weights(again).items(): assert torch.equal(x, weights(whole)[k]), k
 
+class Share(Callback):
+    order = -100
+    def before_fit(self, learn): learn.shared = True
+
+def test_processes_that_train_together_do_not_choose_each_for_itself(tmp_path, always):
+    cb = FastCB()
+    fit(new_learner(Share(), cb, CheckpointCB(tmp_path/'run', every=1), StopAt(4)), 2)
+    assert cb.mode is None and 'kernels by trial' not in repr(cb)
+    fit(new_learner(cb := FastCB(), CheckpointCB(tmp_path/'run', every=1)), 2, resume=tmp_path/'run')        # alone it may
+    assert cb.mode.saved > 0
+
 def test_a_run_that_began_without_goes_on_with_its_memories_laid_out(tmp_path):
     whole = new_learner(opt='fused AdamW')
     fit(whole, 2)
