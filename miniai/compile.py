@@ -344,7 +344,6 @@ def new_program(self:Compiled, batch, values):
         return False
     shapes = ', '.join(str(tuple(x.shape)) for x in values if isinstance(x, Tensor))
     if self.programs: note(f'a batch of another kind, {shapes}; recorded once more')
-    if self.whole: self.opt.unpack()
     held = places(self.roots, self.opt if self.whole else None)
     inputs = [*[d[k] for d,k in held], *[x for x in values if isinstance(x, Tensor)], *self.rates]
     try:

@@ -38,7 +38,7 @@ def kernel_step(g, p, state, group):
 class MuonAdamW(Optimizer):
     "Muon for the kernels that read several channels (Jordan et al. 2024), AdamW for all the rest."
     kernel_pieces = mean_momentum, orthogonal_kernel, decay, kernel_step
-    pieces,fused = AdamW.pieces,staticmethod(AdamW.fused)
+    pieces,kernel = AdamW.pieces,staticmethod(AdamW.kernel)
     def __init__(self,
         params,                # all parameters of a net
         lr:float=.1,           # of the kernels, per step
@@ -50,23 +50,20 @@ class MuonAdamW(Optimizer):
         betas:tuple=(.9,.99),  # of the rest
         eps:float=1e-8,        # of the rest
         weight_decay:float=0., # pull towards zero, beside the gradient
-        flat:bool=False,       # the fast form
+        fused:bool=False,      # the fast form
     ):
         params = list(params)
         kernels,rest = [[p for p in params if _reads_channels(p) == k] for k in (True, False)]
         if not kernels or not rest: raise ValueError(f'MuonAdamW: it is for both, but there are {len(kernels)} kernels and {len(rest)} '
             'other parameters; take AdamW where there are none')
         groups = dict(params=kernels, kernels=True), dict(params=rest, lr=adam_lr, kernels=False)
-        super().__init__(groups, flat, lr=lr, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients, ns_steps=ns_steps,
+        super().__init__(groups, fused, lr=lr, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients, ns_steps=ns_steps,
                          betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False, kernels=False)
 
     def update(self, p, g, state, group):
         if not group['kernels']: return super().update(p, g, state, group)
         for piece in self.kernel_pieces: g = piece(g, p, state, group)
 
-    def _flat_step(self, i, group):
-        if not group['kernels']: return super()._flat_step(i, group)
-        for p in group['params']:
-            if p.grad is not None: self.update(p, p.grad, self._state[p], group)
+    def has_kernel(self, group): return not group['kernels']
 
 def _reads_channels(p): return p.ndim > 2 and p.shape[1] > 1

@@ -23,18 +23,19 @@ __all__ = ['Optimizer', 'move', 'maximize', 'weight_decay', 'momentum', 'descend
 class Optimizer(torch.optim.Optimizer):
     "Parameters in groups, a memory for each, and `pieces` that turn a gradient into a step."
     pieces = ()   # each is called as `piece(g, p, state, group)` and gives the new g; the last one changes p
-    fused = None  # the whole recipe as one kernel, for many parameters: `fused(ps, gs, states, group)`
+    kernel = None # the whole recipe in one call, for many parameters: `kernel(these, gs, group)`
 
     def __init__(self,
-        params,          # parameters, or dictionaries with `params` and settings of their own
-        flat:bool=False, # small parameters side by side, and the fused kernel where there is one: the same steps, sooner
-        **defaults,      # the settings of a group that does not say otherwise; `lr` is one
+        params,           # parameters, or dictionaries with `params` and settings of their own
+        fused:bool=False, # the kernel instead of the pieces: the same steps, sooner
+        **defaults,       # the settings of a group that does not say otherwise; `lr` is one
     ):
         if isinstance(params, (Tensor, dict)):
             raise TypeError(f'{type(self).__name__}: parameters come in a list, this is one {type(params).__name__}; put it in [ ]')
+        if fused and not self.kernel: raise ValueError(f'{type(self).__name__}: there is no kernel for it; leave out fused=True')
         params = list(params)
         if not params: raise ValueError(f'{type(self).__name__}: no parameters were given (a generator can be used up only once)')
-        self.flat,self.defaults,self.param_groups,self._plans = flat,defaults,[],{}
+        self.fused,self.defaults,self.param_groups,self._plans = fused,defaults,[],{}
         self._state,self._shown = defaultdict(dict),False
         for name in _HOOKS: setattr(self, name, OrderedDict())
         for group in params if isinstance(params[0], dict) else [dict(params=params)]: self.add_param_group(group)
@@ -69,12 +70,14 @@ class Optimizer(torch.optim.Optimizer):
         for hook in self._optimizer_step_pre_hooks.values(): hook(self, args, {})
         loss = None if closure is None else torch.enable_grad()(closure)()
         for i,group in enumerate(self.param_groups):
-            if self.flat: self._flat_step(i, group)
+            if self.fused and self.has_kernel(group): self._fused_step(i, group)
             else:
                 for p in group['params']:
                     if p.grad is not None: self.update(p, p.grad, _follow(p, self._state[p]), group)
         for hook in self._optimizer_step_post_hooks.values(): hook(self, args, {})
         return loss
+
+    def has_kernel(self, group:dict)->bool: return self.kernel is not None
 
     def update(self, p:Tensor, g:Tensor, state:dict, group:dict):
         if g.layout != torch.strided:
@@ -115,12 +118,6 @@ def _check_settings(name, group):
         if k == 'betas' and not all(0 <= b < 1 for b in v): raise ValueError(f'{name}: betas are from 0 to below 1, they are {v}')
 
 _FROM_0 = 'momentum', 'weight_decay', 'eps', 'alpha', 'lr_decay', 'initial_accumulator_value'
-
-@patch
-def unpack(self:Optimizer):
-    "Parameters and memories that were put side by side lie by themselves again."
-    for pack in (k for plan in self._plans.values() for k in plan.packs): pack.dissolve()
-    self._plans = {}
 
 def _follow(p, state):
     "The memory in its parameter's type, on its device"
@@ -172,9 +169,9 @@ class SGD(Optimizer):
         weight_decay:float=0., # pull towards zero
         nesterov:bool=False,   # look ahead along the momentum
         maximize:bool=False,   # climb instead
-        flat:bool=False,       # the fast form
+        fused:bool=False,      # the fast form
     ):
-        super().__init__(params, flat, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
+        super().__init__(params, fused, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
                          maximize=maximize)
 
     def add_param_group(self, group):
@@ -186,10 +183,6 @@ class SGD(Optimizer):
 # %% ../nbs/30_optim.ipynb #6eb98d36
 def _numbered(opt): return [p for group in opt.param_groups for p in group['params']]
 
-def _memory(opt, p):
-    "What is kept for a parameter; what lies side by side is copied out, so that a file holds this and no more"
-    return {k: v.clone() if opt.flat else v for k,v in opt._state[p].items()}
-
 # %% ../nbs/30_optim.ipynb #af7bf068
 @patch
 def state_dict(self:Optimizer)->dict:
@@ -197,7 +190,7 @@ def state_dict(self:Optimizer)->dict:
     for hook in self._optimizer_state_dict_pre_hooks.values(): hook(self)
     number = {p: i for i,p in enumerate(_numbered(self))}
     groups = [{**g, 'params': [number[p] for p in g['params']]} for g in self.param_groups]
-    saved = dict(state={number[p]: _memory(self, p) for p in self._state}, param_groups=groups)
+    saved = dict(state={number[p]: dict(s) for p,s in self._state.items()}, param_groups=groups)
     for hook in self._optimizer_state_dict_post_hooks.values(): saved = saved if (new := hook(self, saved)) is None else new
     return saved
 
@@ -221,15 +214,15 @@ def load_state_dict(self:Optimizer,
         for k,v in s.items():
             if k not in _COUNTS and v.shape != p.shape:
                 raise ValueError(f'{name}: the saved {k} {tuple(v.shape)} is not for a parameter {tuple(p.shape)}')
-    self.unpack()
+    self._plans = {}
     self._state = defaultdict(dict, {p: _follow(p, s) for p,s in state.items()})
     for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
 # %% ../nbs/30_optim.ipynb #b7c02259
 @patch
-def __getstate__(self:Optimizer):      # for pickle and deepcopy: the flat storage is made anew by the next step
+def __getstate__(self:Optimizer):      # for pickle and deepcopy: the next step makes its lists anew
     kept = {k: v for k,v in vars(self).items() if k != 'step'}        # a scheduler of PyTorch's puts its own there
-    return {**kept, '_plans': {}, '_state': defaultdict(dict, {p: _memory(self, p) for p in self._state})}
+    return {**kept, '_plans': {}}
 
 @patch
 def __setstate__(self:Optimizer, kept): vars(self).update(kept)
@@ -281,9 +274,9 @@ class Adagrad(Optimizer):
         initial_accumulator_value:float=0., # where the sums begin
         eps:float=1e-10,        # added to the root
         maximize:bool=False,    # climb instead
-        flat:bool=False,        # the fast form
+        fused:bool=False,       # the fast form
     ):
-        super().__init__(params, flat, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+        super().__init__(params, fused, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
                          initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize)
 
 class RMSprop(Optimizer):
@@ -298,9 +291,8 @@ class RMSprop(Optimizer):
         momentum:float=0.,     # share of the direction that is kept
         centered:bool=False,   # divide by the standard deviation
         maximize:bool=False,   # climb instead
-        flat:bool=False,       # the fast form
     ):
-        super().__init__(params, flat, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered,
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered,
                          maximize=maximize)
 
 # %% ../nbs/30_optim.ipynb #c3f9c70d
@@ -336,8 +328,8 @@ class Adam(Optimizer):
         weight_decay:float=0., # pull towards zero
         amsgrad:bool=False,    # divide by the largest mean square so far
         maximize:bool=False,   # climb instead
-        flat:bool=False,       # the fast form
-    ): super().__init__(params, flat, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
+        fused:bool=False,      # the fast form
+    ): super().__init__(params, fused, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
 
     def load_state_dict(self, saved):
         if any(g.get('decoupled_weight_decay', self.decoupled) != self.decoupled for g in saved['param_groups']):
@@ -350,8 +342,8 @@ class AdamW(Adam):
     pieces = maximize, count, decay, moments, adam_step
     decoupled = True
     def __init__(self, params, lr:float=1e-3, betas:tuple=(.9,.999), eps:float=1e-8, weight_decay:float=1e-2, amsgrad:bool=False,
-                 maximize:bool=False, flat:bool=False):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize, flat)
+                 maximize:bool=False, fused:bool=False):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize, fused)
 
 # %% ../nbs/30_optim.ipynb #61244ce5
 def lion(g, p, state, group):
@@ -370,8 +362,7 @@ class Lion(Optimizer):
         betas:tuple=(.9,.99),  # share of the mean in the direction, and share that is kept
         weight_decay:float=0., # pull towards zero, beside the gradient
         maximize:bool=False,   # climb instead
-        flat:bool=False,       # the fast form
-    ): super().__init__(params, flat, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
+    ): super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
 
 # %% ../nbs/30_optim.ipynb #783b673a
 def adam_direction(g, p, state, group):
@@ -478,10 +469,9 @@ class ScheduleFreeAdamW(Optimizer):
         eps:float=1e-8,        # added to the root
         weight_decay:float=0., # pull towards zero
         maximize:bool=False,   # climb instead
-        flat:bool=False,       # the fast form
     ):
         if not betas[0] > 0: raise ValueError(f'ScheduleFreeAdamW: betas[0] is above 0, it is {betas[0]}')
-        super().__init__(params, flat, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
 
     def step(self, closure=None):
         if self.averaged: raise RuntimeError('ScheduleFreeAdamW: the parameters hold the average; call opt.train() before step()')
@@ -538,210 +528,128 @@ def clip_grad_value_(
     for g in _grads(params): g.clamp_(-value, value)
 
 # %% ../nbs/30_optim.ipynb #9ceeec80
-_SMALL,_FULL = 2**14,2**18      # entries of a parameter that is packed, and of a full pack: a file with one tensor of it stays near 1 MB
+_SMALL = 2**13      # entries of a parameter that is not worth a second thread
 
 def _dense(p):
     "Is it a plain tensor that fills a stretch of memory, whatever the order of its axes?"
     dense = p.is_contiguous() or torch.empty_like(p, device='meta').stride() == p.stride()
     return dense and type(p) in (Tensor, Parameter) and p.is_floating_point()
 
-def _unshared(ps):
-    "The ids of parameters whose memory, theirs or a common one, nobody else holds"
-    places,free = defaultdict(list),set()
-    for p in ps: places[p.untyped_storage().data_ptr()].append(p)
-    for same in places.values():
-        same,storage,end = sorted(same, key=Tensor.storage_offset),same[0].untyped_storage(),0
-        for p in same: end = end + p.numel() if p.storage_offset() == end else math.nan        # one after another, no gap, no overlap
-        whole = storage.nbytes() == end*same[0].element_size() and _storage_Use_Count(storage._cdata) <= len(same)+1
-        if whole and not (same[0].device.type == 'cpu' and same[0].is_shared()): free |= {id(p) for p in same}
-    return free
+def _kind(p, g, state):
+    "Parameters of one kind are stepped by one call of a kernel; None where there is no kernel."
+    cpu,dense = p.device.type == 'cpu',_dense(p) and g.layout == torch.strided
+    if not dense or not (p.is_cuda or cpu and p.dtype in (torch.float32, torch.float64)): return None
+    return p.dtype,p.device,cpu and p.numel() <= _SMALL,*sorted(state)
 
-def _like(ps, flat):
-    "Views of a flat tensor, one after another, shaped and laid out as `ps`"
-    offsets = [0]
-    for p in ps: offsets.append(offsets[-1] + p.numel())
-    return [flat.as_strided(p.shape, p.stride(), at) for p,at in zip(ps, offsets, strict=False)]
-
-def _side_by_side(ps, values):
-    "One tensor with all values, each in the layout of its parameter; and a view for each"
-    flat = ps[0].new_empty(sum(p.numel() for p in ps))
-    views = _like(ps, flat)
-    for view,v in zip(views, values, strict=True): view.copy_(v)
-    return flat, views
+def _kinds(ps, gs, state):
+    "`{kind: parameters}`"
+    found = defaultdict(list)
+    for p,g in zip(ps, gs, strict=True): found[_kind(p, g, state[p])].append(p)
+    return found
 
 # %% ../nbs/30_optim.ipynb #7df7b14e
-class _Pack:
-    "Parameters that act as one: the recipe gets `data`, a gradient like it, and `state`."
-    def __init__(self, ps, states):
-        self.ps,self.states,self.several = ps,[_follow(p, s) for p,s in zip(ps, states, strict=True)],len(ps) > 1
-        if self.several:
-            self.data,self.views = _side_by_side(ps, ps)
-            self.grad,self.grads = _side_by_side(ps, ps)
-            for p,view in zip(ps, self.views, strict=True): p.data = view
-            self.holders = _storage_Use_Count(self.data.untyped_storage()._cdata)
-        else: self.data = ps[0].detach(); self.views = [self.data]
-        first = states[0]
-        self.state = {k: first[k].clone() if k in _COUNTS else self.common([s[k] for s in states]) for k in first}
+class _Lists:
+    "Parameters that one call of a kernel steps, and their memory."
+    def __init__(self, ps, state):
+        self.ps,self.datas,self.states,self.memory = ps,ps,[_follow(p, state[p]) for p in ps],{}
 
-    def common(self, values):
-        if self.several: return _side_by_side(self.ps, values)[0]
-        return values[0] if values[0].stride() == self.data.stride() else torch.empty_like(self.data).copy_(values[0])
+    def kept(self, name, new=torch.zeros_like):
+        "The memory of that name; `new(p)` where there is none"
+        if name not in self.memory:
+            for p,s in zip(self.ps, self.states, strict=True):
+                if name not in s: s[name] = new(p)
+                elif s[name].stride() != p.stride(): s[name] = torch.empty_like(p).copy_(s[name])
+            self.memory[name] = [s[name] for s in self.states]
+        return self.memory[name]
 
-    def show(self):
-        "Every parameter's own memory is a view of the common one; gives `(memory, name, view)` of each"
-        shown = []
-        for k,v in self.state.items():
-            views = _like(self.ps, v) if self.several and k not in _COUNTS else [v]*len(self.ps)
-            for s,view in zip(self.states, views, strict=True):
-                s[k] = view
-                shown.append((s, k, view))
-        return shown
-
-    def dissolve(self):
-        "Everyone for himself again; stays in place if someone holds an alias"
-        if not self.several: return
-        free = _storage_Use_Count(self.data.untyped_storage()._cdata) <= self.holders
-        for p,view,s in zip(self.ps, self.views, self.states, strict=True):
-            if free and p.is_set_to(view): p.data = view.clone()
-            for k in s.keys() & set(_COUNTS): s[k] = s[k].clone()
+    def counted(self):
+        "t ← t + 1, kept as `step`"
+        steps = [s.setdefault('step', torch.zeros((), device=p.device)) for p,s in zip(self.ps, self.states, strict=True)]
+        torch._foreach_add_(steps, 1)
+        return steps
 
 # %% ../nbs/30_optim.ipynb #2220703b
+class _Standing(_Lists):
+    def __init__(self, ps, state, small):
+        super().__init__(ps, state)
+        self.datas,self.small = [p.detach() for p in ps],small
+
+    def remember(self, state):
+        "Is the memory in `state` the one that is in the lists?"
+        same = all(s.get(name) is x for name,xs in self.memory.items() for s,x in zip(self.states, xs, strict=True))
+        return same and all(map(operator.is_, map(state.get, self.ps), self.states))
+
+    def counted(self):
+        if 'step' not in self.memory:
+            self.counts = torch.tensor([float(s.get('step', 0)) for s in self.states], device=self.ps[0].device)
+            self.memory['step'] = list(self.counts.unbind())
+            for s,t in zip(self.states, self.memory['step'], strict=True): s['step'] = t
+        self.counts += 1
+        return self.memory['step']
+
+# %% ../nbs/30_optim.ipynb #0e15bc83
 class _Plan:
-    "How the parameters of a group are stepped: in packs, several or one in each."
-    def __init__(self, ps, state, loners=()):
-        self.ps,self.loners = list(ps),loners                         # the loners by their ids
-        self.waiting = [p for p in ps if _dense(p) and p.grad is None and id(p) not in loners]
-        self.others = [p for p in ps if not _dense(p)]                # go one by one
-        together,unshared = defaultdict(list),_unshared(p for p in ps if _dense(p))
-        for p in ps:
-            if not _dense(p) or (p.grad is None and id(p) not in loners): continue
-            counts = tuple((k, v.item() if k in _COUNTS else None) for k,v in sorted(state[p].items()))
-            packable = p.numel() < _SMALL and id(p) not in loners and id(p) in unshared
-            together[(p.dtype, p.device, counts) if packable else id(p)].append(p)
-        packs = [_Pack(part, [state[p] for p in part]) for same in together.values() for part in _portions(same)]
-        self.packs = sorted(packs, key=lambda k: not k.several)       # those of several first
-        self.packed = [p for k in self.packs if k.several for p in k.ps]
-        several = [k for k in self.packs if k.several]
-        self.targets,self.gathered = [g for k in several for g in k.grads],[k.grad for k in several]
-        self.single = [k.ps[0] for k in self.packs if not k.several]
-        self.strides = [p.stride() for p in self.single]
-        self.members,self.views,self.states = ([o for k in self.packs for o in getattr(k, name)] for name in ('ps', 'views', 'states'))
-        kinds = defaultdict(list)
-        for i,k in enumerate(self.packs): kinds[k.data.dtype, k.data.device].append(i)
-        self.kinds = list(kinds.values())
-        self.show()
+    "How the parameters of a group are stepped: in lists, and the others one by one."
+    def __init__(self, params, state):
+        ready,self.waiting = [[p for p in params if (p.grad is not None) == there] for there in (True, False)]
+        kinds = _kinds(ready, [p.grad for p in ready], state)
+        self.params,self.others = list(params),kinds.pop(None, [])
+        self.lists = [_Standing(same, state, kind[2]) for kind,same in kinds.items()]
+        self.ps,self.datas = ([x for o in self.lists for x in xs(o)] for xs in (lambda o: o.ps, lambda o: o.datas))
+        self.strides = [p.stride() for p in self.ps]
 
-    def show(self):
-        self.sizes,self.shown = [len(k.state) for k in self.packs],[s for k in self.packs for s in k.show()]
-
-    def fits(self, ps):
-        "Are the parameters as they were, and where they were?"
-        return (len(ps) == len(self.ps) and all(map(operator.is_, ps, self.ps)) and all(map(Tensor.is_set_to, self.members, self.views))
-                and not (self.waiting and any(p.grad is not None for p in self.waiting)))
-
-    def remembers(self, state):
-        "Is their memory as it was?"
-        return all(map(operator.is_, map(state.get, self.members), self.states)) and all([s.get(k) is v for s,k,v in self.shown])
-
-    def gather(self):
-        "Small gradients side by side: a gradient for each pack, laid out like its data, or None; False if one in a pack is missing"
-        gs = [p.grad for p in self.single]
-        try:
-            if self.targets: torch._foreach_copy_(self.targets, [p.grad for p in self.packed])
-            if gs and [g if g is None else g.stride() for g in gs] != self.strides:
-                gs = [g if g is None else torch.empty_like(p).copy_(g) for p,g in zip(self.single, gs, strict=True)]
-        except TypeError: return False                                # a None among them
-        except RuntimeError as e: raise _sparse([p for p in self.members if p.grad is not None], e) from e
-        self.gs = self.gathered + gs
-        return True
-
-    def work(self):
-        "`(datas, gradients, memories)` for each type and device"
-        for kind in self.kinds:
-            here = [(self.packs[i].data, self.gs[i], self.packs[i].state) for i in kind if self.gs[i] is not None]
-            if here: yield zip(*here, strict=True)
-        self.gs = None
+    def gather(self, params, state):
+        "The gradients of those in the lists, laid out as they are; None if anything is not as it was"
+        same = len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+        if not same or not all(map(Tensor.is_set_to, self.ps, self.datas)): return None
+        if state is not None and not all([o.remember(state) for o in self.lists]): return None
+        gs = [p.grad for p in self.ps]
+        if any([g is None for g in gs]) or any([p.grad is not None for p in self.waiting]): return None
+        if [g.stride() for g in gs] == self.strides: return gs
+        if any(g.layout != torch.strided for g in gs): return None
+        return [torch.empty_like(p).copy_(g) for p,g in zip(self.ps, gs, strict=True)]
 
 # %% ../nbs/30_optim.ipynb #a256bb2e
-def _portions(ps):
-    "Parts of at most `_FULL` entries"
-    part,size = [],0
-    for p in ps:
-        if part and size + p.numel() > _FULL:
-            yield part
-            part,size = [],0
-        part,size = [*part, p],size + p.numel()
-    yield part
-
-def _sparse(ps, e):
-    "What is wrong with a gradient that cannot be gathered"
-    bad = next((p for p in ps if p.grad.layout != torch.strided), None)
-    return e if bad is None else ValueError(f'flat: a parameter {tuple(bad.shape)} has a sparse gradient; use Embedding(sparse=False)')
-
-def _has_kernel(p): return p.is_cuda or (p.device.type == 'cpu' and p.dtype in (torch.float32, torch.float64))
-
 @patch
-def _flat_step(self:Optimizer, i, group):
-    plan = self._plan(i, group['params'])
-    for ps,gs,states in plan.work():
-        if self.fused and _has_kernel(ps[0]): self.fused(ps, gs, states, group)
+def _fused_step(self:Optimizer, i, group):
+    plan,state,at,threads = self._plans.get(i),self._state if self._shown else None,0,torch.get_num_threads()
+    gs = plan and plan.gather(group['params'], state)
+    if gs is None:
+        plan = self._plans[i] = _Plan(group['params'], self._state)
+        gs = plan.gather(group['params'], state)
+    for these in plan.lists:
+        here,at = slice(at, at+len(these.ps)),at+len(these.ps)
+        if not these.small: self.kernel(these, gs[here], group)
         else:
-            for p,g,state in zip(ps, gs, states, strict=True): self.update(p, g, state, group)
-    if plan.packed: increment_version(plan.packed)                    # an old graph must see that its parameters changed
-    if [len(k.state) for k in plan.packs] != plan.sizes: plan.show()
+            torch.set_num_threads(1)
+            try: self.kernel(these, gs[here], group)
+            finally: torch.set_num_threads(threads)
+    if plan.ps: increment_version(plan.ps)                              # an old graph must see that its parameters changed
     for p in plan.others:
         if p.grad is not None: self.update(p, p.grad, _follow(p, self._state[p]), group)
 
-@patch
-def _plan(self:Optimizer, i, ps):
-    "The plan of group `i`, its gradients gathered."
-    plan,loners = self._plans.get(i),set()
-    if plan and plan.fits(ps) and (not self._shown or plan.remembers(self._state)) and plan.gather(): return plan
-    if plan:
-        loners = plan.loners | {id(p) for p in plan.packed if p.grad is None}
-        for pack in plan.packs: pack.dissolve()
-    plan = self._plans[i] = _Plan(ps, self._state, loners)
-    plan.gather()
-    return plan
-
 # %% ../nbs/30_optim.ipynb #bca2db59
-def _bufs(ps, states, name, new=torch.zeros_like):
-    for p,s in zip(ps, states, strict=True):
-        if name not in s: s[name] = new(p)
-    return [s[name] for s in states]
-
-def _counted(ps, states):
-    steps = _bufs(ps, states, 'step', lambda p: torch.zeros((), device=p.device))
-    torch._foreach_add_(steps, 1)
-    return steps
-
-def _fused_sgd(ps, gs, states, group):
-    def kernel(ps, gs, bufs, first):
-        torch._fused_sgd_(ps, gs, bufs, lr=group['lr'], momentum=group['momentum'], dampening=group['dampening'],
-                          nesterov=group['nesterov'], weight_decay=group['weight_decay'], maximize=group['maximize'],
-                          is_first_step=first, grad_scale=None, found_inf=None)
-    if not group['momentum']: return kernel(ps, gs, [], False)
-    old = ['momentum_buffer' in s for s in states]
-    bufs = _bufs(ps, states, 'momentum_buffer')
-    if all(old): return kernel(ps, gs, bufs, False)
-    for seen in set(old):                 # the first direction is the gradient itself: the kernel is told so for those
-        kernel(*([x for x,o in zip(xs, old, strict=True) if o == seen] for xs in (ps, gs, bufs)), not seen)
+def _fused_sgd(these, gs, group):
+    first = 'momentum_buffer' not in these.states[0]                    # of none, then: it is one kind
+    torch._fused_sgd_(these.datas, gs, these.kept('momentum_buffer') if group['momentum'] else [],
+                      lr=group['lr'], momentum=group['momentum'], dampening=group['dampening'], weight_decay=group['weight_decay'],
+                      nesterov=group['nesterov'], maximize=group['maximize'], is_first_step=first, grad_scale=None, found_inf=None)
 
 def _fused_adam(kernel):
-    def fused(ps, gs, states, group):
-        kernel(ps, gs, _bufs(ps, states, 'exp_avg'), _bufs(ps, states, 'exp_avg_sq'),
-               _bufs(ps, states, 'max_exp_avg_sq') if group['amsgrad'] else [], _counted(ps, states), beta1=group['betas'][0],
+    def fused(these, gs, group):
+        kernel(these.datas, gs, these.kept('exp_avg'), these.kept('exp_avg_sq'),
+               these.kept('max_exp_avg_sq') if group['amsgrad'] else [], these.counted(), beta1=group['betas'][0],
                beta2=group['betas'][1], grad_scale=None, found_inf=None,
                **{k: group[k] for k in ('lr', 'weight_decay', 'eps', 'amsgrad', 'maximize')})
     return fused
 
-def _fused_adagrad(ps, gs, states, group):
-    sums = _bufs(ps, states, 'sum', lambda p: torch.full_like(p, group['initial_accumulator_value']))
-    torch._fused_adagrad_(ps, gs, sums, _counted(ps, states), grad_scale=None, found_inf=None,
+def _fused_adagrad(these, gs, group):
+    sums = these.kept('sum', lambda p: torch.full_like(p, group['initial_accumulator_value']))
+    torch._fused_adagrad_(these.datas, gs, sums, these.counted(), grad_scale=None, found_inf=None,
                           **{k: group[k] for k in ('lr', 'lr_decay', 'weight_decay', 'eps', 'maximize')})
 
-SGD.fused,Adagrad.fused = staticmethod(_fused_sgd),staticmethod(_fused_adagrad)
-Adam.fused,AdamW.fused = staticmethod(_fused_adam(torch._fused_adam_)),staticmethod(_fused_adam(torch._fused_adamw_))
+SGD.kernel,Adagrad.kernel = staticmethod(_fused_sgd),staticmethod(_fused_adagrad)
+Adam.kernel,AdamW.kernel = staticmethod(_fused_adam(torch._fused_adam_)),staticmethod(_fused_adam(torch._fused_adamw_))
 
 # %% ../nbs/30_optim.ipynb #56d8a06f
 @patch
@@ -753,11 +661,7 @@ def update_all(self:Optimizer,
 ):
     "One step for every parameter, from these gradients."
     for group,lr in zip(self.param_groups, lrs, strict=True):
-        group,alike = {**group, 'lr': lr},defaultdict(list)
-        for p in group['params']:
-            if grads.get(p) is not None: alike[p.dtype, p.device].append(p)
-        for ps in alike.values():
-            states = [_follow(p, self._state[p]) for p in ps]
-            if kernel and self.fused and _has_kernel(ps[0]): self.fused(ps, [grads[p] for p in ps], states, group)
-            else:
-                for p,state in zip(ps, states, strict=True): self.update(p, grads[p], state, group)
+        group,ready = {**group, 'lr': lr},[p for p in group['params'] if grads.get(p) is not None]
+        kinds = _kinds(ready, [grads[p] for p in ready], self._state) if kernel and self.has_kernel(group) else {None: ready}
+        for p in kinds.pop(None, []): self.update(p, grads[p], _follow(p, self._state[p]), group)
+        for same in kinds.values(): self.kernel(_Lists(same, self._state), [grads[p] for p in same], group)

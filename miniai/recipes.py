@@ -67,7 +67,7 @@ class Recipe:
     lr:tuple                   # the highest rate of each group of the optimizer, per step
     model_args:dict = field(default_factory=dict)
     bs:int = 256
-    opt:Any = AdamW            # a class, called with `lr` and `flat=True`
+    opt:Any = AdamW            # a class, called with `lr` and `fused=True`
     opt_args:dict = field(default_factory=dict)
     warm:float = .25           # part of the training in which the rate goes up
     smooth:float = 0.          # label smoothing
@@ -115,7 +115,7 @@ def learner(
     if recipe.channels_last: model.to(memory_format=torch.channels_last)
     around = (DeviceCB(), MetricsCB(), RecordCB(), ProgressCB()) if cbs is None else cbs
     return Learner(model, dls, partial(cross_entropy, label_smoothing=recipe.smooth), recipe.lr[0],
-                   partial(recipe.opt, flat=True, **recipe.opt_args), [*around, *_levers(recipe)], **kwargs)
+                   partial(recipe.opt, fused=True, **recipe.opt_args), [*around, *_levers(recipe)], **kwargs)
 
 def _levers(r):
     sched = SchedCB(lr=[one_cycle(lr, r.warm) for lr in r.lr])

@@ -18,8 +18,8 @@ from test_checkpoint import Lottery, new, ours, ours_by_rows, result, same, torc
 RUNS = {
     'torch, AdamW, 2 workers, accumulation, average, bf16': dict(
         cbs=lambda: [AccumulateCB(5), EMACB(.9), AmpCB('bf16'), Lottery()], loader=ours_by_rows(num_workers=2)),
-    'tape, flat AdamW, augmentation, average': dict(
-        cbs=lambda: [EMACB(.9), Lottery()], engine='tape', loader=ours(), opt=lambda ps, lr: optim.AdamW(ps, lr=lr, flat=True)),
+    'tape, fused AdamW, augmentation, average': dict(
+        cbs=lambda: [EMACB(.9), Lottery()], engine='tape', loader=ours(), opt=lambda ps, lr: optim.AdamW(ps, lr=lr, fused=True)),
     "torch, PyTorch's loader and optimizer, accumulation, fp16": dict(
         cbs=lambda: [AccumulateCB(5), AmpCB('fp16', init_scale=2.**40, growth_interval=2)], loader=torchs(), opt=torch.optim.AdamW)}
 EPOCHS = 6

@@ -478,7 +478,7 @@ def rows(n, seed):
     targ = torch.randint(0, 4, (n,), generator=gen)
     return Dataset(torch.randn(n, 3, 8, 8, generator=gen) + targ.view(-1, 1, 1, 1)/2, targ)
 
-OPTS = {'SGD': lambda ps, lr: optim.SGD(ps, lr=lr, momentum=.9), 'AdamW flat': lambda ps, lr: optim.AdamW(ps, lr=lr/10, flat=True), 'fused AdamW': lambda ps, lr: torch.optim.AdamW(ps, lr=lr/10, fused=True)}
+OPTS = {'SGD': lambda ps, lr: optim.SGD(ps, lr=lr, momentum=.9), 'AdamW fused': lambda ps, lr: optim.AdamW(ps, lr=lr/10, fused=True), 'fused AdamW': lambda ps, lr: torch.optim.AdamW(ps, lr=lr/10, fused=True)}
 
 def plain_net(t=nn):
     torch.manual_seed(0)

@@ -92,8 +92,8 @@ def disturbed(run, stops, cbs=none, **kw):
 
 PLACES = {'first batch': [1], 'mid-epoch': [3], 'last batch of training': [TRAIN], 'in validation': [TRAIN+2], 'end of validation': [TRAIN+VALID],
           'second epoch': [TRAIN+VALID+2], 'again and again': [2, 4, 3, 5]}
-OPTS = {'AdamW': lambda ps, lr: optim.AdamW(ps, lr=lr), 'flat AdamW': lambda ps, lr: optim.AdamW(ps, lr=lr, flat=True),
-        'flat SGD': lambda ps, lr: optim.SGD(ps, lr=lr, momentum=.9, flat=True), 'schedule-free': lambda ps, lr: optim.ScheduleFreeAdamW(ps, lr=lr),
+OPTS = {'AdamW': lambda ps, lr: optim.AdamW(ps, lr=lr), 'fused AdamW': lambda ps, lr: optim.AdamW(ps, lr=lr, fused=True),
+        'fused SGD': lambda ps, lr: optim.SGD(ps, lr=lr, momentum=.9, fused=True), 'schedule-free': lambda ps, lr: optim.ScheduleFreeAdamW(ps, lr=lr),
         "PyTorch's AdamW": torch.optim.AdamW, "PyTorch's fused": lambda ps, lr: torch.optim.AdamW(ps, lr=lr, fused=True)}
 LOADERS = {'ours': ours(), 'ours, 2 workers': ours_by_rows(num_workers=2), 'ours, rows that draw': ours_by_rows(), 'drop_last': lambda ds, train: DataLoader(ds, BS, shuffle=train, drop_last=True),
            "PyTorch's": torchs(), "PyTorch's with its own generator": own_generator(), "PyTorch's, 2 workers": rows_of_torchs(num_workers=2), "PyTorch's, rows that draw": rows_of_torchs(),

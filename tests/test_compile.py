@@ -45,7 +45,7 @@ def same(a, b, tol=1e-12): torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 OPTS = dict(
     sgd=lambda ps: optim.SGD(ps, lr=.1), nesterov=lambda ps: optim.SGD(ps, lr=.1, momentum=.9, nesterov=True, weight_decay=.01),
-    flat=lambda ps: optim.AdamW(ps, lr=.01, flat=True), adam=lambda ps: optim.Adam(ps, lr=.01, amsgrad=True),
+    fused=lambda ps: optim.AdamW(ps, lr=.01, fused=True), adam=lambda ps: optim.Adam(ps, lr=.01, amsgrad=True),
     adagrad=lambda ps: optim.Adagrad(ps, lr=.01), rmsprop=lambda ps: optim.RMSprop(ps, lr=.01, centered=True, momentum=.9),
     lion=lambda ps: optim.Lion(ps, lr=.001), lamb=lambda ps: optim.LAMB(ps, lr=.01), free=lambda ps: optim.ScheduleFreeAdamW(ps, lr=.01),
     torch=lambda ps: torch.optim.AdamW(ps, lr=.01))
@@ -74,7 +74,7 @@ def test_the_compiler_still_overlooks_a_factor():
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_curves_of_200_steps_in_float32(backend):
     net, data = make(torch.float32), batches(10, torch.float32, last=16)
-    a, b = (curve(k, OPTS['flat'], net, data, epochs=20)[0] for k in ('eager', backend))
+    a, b = (curve(k, OPTS['fused'], net, data, epochs=20)[0] for k in ('eager', backend))
     same(a, b, 1e-4)
 
 def test_groups_with_rates_of_their_own_and_frozen_parameters():
@@ -244,7 +244,7 @@ CALLBACKS = dict(
     all=lambda: [AccumulateCB(2), ClipCB(norm=.5), EMACB(.9), MetricsCB(), SchedCB(lr=one_cycle(.05))])
 
 def trained(name, engine='torch', **kwargs):
-    learn = Learner(make(), dls(), F.cross_entropy, lr=.05, opt_func=lambda ps, lr: optim.AdamW(ps, lr=lr, flat=True), cbs=CALLBACKS[name](), engine=engine, **kwargs)
+    learn = Learner(make(), dls(), F.cross_entropy, lr=.05, opt_func=lambda ps, lr: optim.AdamW(ps, lr=lr, fused=True), cbs=CALLBACKS[name](), engine=engine, **kwargs)
     torch.manual_seed(5)
     learn.fit(3)
     return learn

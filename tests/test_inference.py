@@ -75,7 +75,7 @@ def test_tied_weights_and_parameters_side_by_side_are_saved(tmp_path):
             self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
             self.b.weight = self.a.weight
         def forward(self, x): return self.b(self.a(x))
-    learn = Learner(Tied(), new_dls(), opt_func=lambda ps, lr: SGD(ps, lr=lr, flat=True))
+    learn = Learner(Tied(), new_dls(), opt_func=lambda ps, lr: SGD(ps, lr=lr, fused=True))
     learn.fit(1)
     learn.save(tmp_path/'m')
     assert torch.equal(Learner(Tied(), new_dls()).load(tmp_path/'m').get_preds()[0], learn.get_preds()[0])

@@ -1,4 +1,4 @@
-"MuonAdamW against PyTorch's Muon and AdamW, each on its part; either layout; flat and not; saved and taken up again"
+"MuonAdamW against PyTorch's Muon and AdamW, each on its part; either layout; fused and not; saved and taken up again"
 import copy
 import pytest, torch
 from miniai import muon, nn
@@ -31,11 +31,11 @@ def test_to_a_matrix_and_back(shape):
     assert as_matrix(x).shape == (shape[0], x[0].numel()) and as_kernel(as_matrix(x), x).equal(x)
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('flat', [False, True])
+@pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('wd', [0., .1])
-def test_each_part_steps_as_pytorchs(layout, flat, wd):
+def test_each_part_steps_as_pytorchs(layout, fused, wd):
     ours, theirs, data = net(layout), net(), batches()
-    train(ours, MuonAdamW(ours.parameters(), .05, .01, weight_decay=wd, flat=flat), data)
+    train(ours, MuonAdamW(ours.parameters(), .05, .01, weight_decay=wd, fused=fused), data)
     ks = kernels(theirs)
     matrices = [torch.nn.Parameter(as_matrix(p.detach()).clone()) for p in ks]
     one = torch.optim.Muon(matrices, lr=.05, weight_decay=wd, momentum=.6, ns_steps=3)
@@ -49,22 +49,22 @@ def test_each_part_steps_as_pytorchs(layout, flat, wd):
     same(ours, theirs, rtol=8e-3, atol=8e-3)                      # directions are made in bfloat16, from sums in another order
     with pytest.raises(AssertionError): same(ours, net(), rtol=8e-3, atol=8e-3)
 
-def test_flat_is_the_same_to_rounding():
+def test_fused_is_the_same_to_rounding():
     one, two, data = net(), net(), batches(3)
     train(one, MuonAdamW(one.parameters()), data)
-    train(two, MuonAdamW(two.parameters(), flat=True), data)
+    train(two, MuonAdamW(two.parameters(), fused=True), data)
     same(one, two, rtol=1e-2, atol=1e-2)
 
-@pytest.mark.parametrize('flat', [False, True])
-def test_saved_and_taken_up_again(flat):
+@pytest.mark.parametrize('fused', [False, True])
+def test_saved_and_taken_up_again(fused):
     data, straight, broken = batches(), net(), net()
-    opt = MuonAdamW(straight.parameters(), flat=flat)
+    opt = MuonAdamW(straight.parameters(), fused=fused)
     train(straight, opt, data)
-    opt = MuonAdamW(broken.parameters(), flat=flat)
+    opt = MuonAdamW(broken.parameters(), fused=fused)
     train(broken, opt, data[:5])
     saved, weights, again = copy.deepcopy(opt.state_dict()), copy.deepcopy(broken.state_dict()), net()
     again.load_state_dict(weights)
-    opt = MuonAdamW(again.parameters(), lr=9., adam_lr=9., flat=flat)
+    opt = MuonAdamW(again.parameters(), lr=9., adam_lr=9., fused=fused)
     opt.load_state_dict(saved)
     assert [g['lr'] for g in opt.param_groups] == [.1, 4e-3]
     train(again, opt, data[5:])
@@ -86,8 +86,8 @@ def test_a_step_does_not_depend_on_the_size_of_the_gradient():
 
 def test_a_missing_gradient_is_passed_over():
     model = net()
-    for flat in (False, True):
-        opt = MuonAdamW(model.parameters(), flat=flat)
+    for fused in (False, True):
+        opt = MuonAdamW(model.parameters(), fused=fused)
         kernels(model)[0].grad = torch.ones_like(kernels(model)[0])
         before = copy.deepcopy(model)
         opt.step()

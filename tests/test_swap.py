@@ -138,7 +138,7 @@ def test_every_layer_type_is_in_the_matrix():
     plain = {name for name in nn.layers.__all__ + nn.sequence.__all__ if not name.endswith(('1d', '3d'))} - {'attention', 'Flatten', 'Linear', 'TransformerDecoderLayer'}
     assert plain <= LAYERS.keys()
 
-# -- every other optimizer, ours and PyTorch's, plain and flat, on either engine and module
+# -- every other optimizer, ours and PyTorch's, plain and fused, on either engine and module
 
 SETTINGS = {'SGD': dict(lr=.05, momentum=.9), 'RMSprop': dict(lr=.003), 'Adam': dict(lr=.01), 'AdamW': dict(lr=.01), 'Adagrad': dict(lr=.05), 'Muon': dict(lr=.05),
             'Lion': dict(lr=.003), 'LAMB': dict(lr=.03), 'ScheduleFreeAdamW': dict(lr=.02)}
@@ -154,7 +154,7 @@ def test_every_optimizer_swaps_with_pytorchs_on_either_engine_and_module(name):
     judge = torch.optim if hasattr(torch.optim, name) else optim      # PyTorch has no Lion, LAMB and schedule-free: there ours under its parts
     want = losses('torch', torch_module, torch_loop, name, judge)
     assert want[-5:].mean() < want[0]*.8
-    ways = [(dict(flat=True), optim), ({}, judge)] if name not in ('Muon', 'LAMB') else [({}, judge)]
+    ways = [*[(dict(fused=True), optim)]*bool(getattr(optim, name).kernel), ({}, judge)]
     for engine_name,module,loop in (('tape', our_module, our_loop), ('torch', our_module, torch_loop), ('tape', torch_module, torch_loop)):
         for kw,owner in [({}, optim), *ways]:
             torch.testing.assert_close(losses(engine_name, module, loop, name, owner, **kw), want, rtol=1e-8, atol=1e-8)

@@ -102,7 +102,7 @@ def test_weights_of_ones_own():
     close(run(16, AccumulateCB(3, lambda learn: w[learn.targ].sum())), run(48))
 
 @ENGINES
-@pytest.mark.parametrize('opt', [optim.SGD, torch.optim.SGD, lambda ps, **kw: optim.SGD(ps, flat=True, **kw)], ids=['ours', 'torch', 'flat'])
+@pytest.mark.parametrize('opt', [optim.SGD, torch.optim.SGD, lambda ps, **kw: optim.SGD(ps, fused=True, **kw)], ids=['ours', 'torch', 'fused'])
 def test_accumulation_with_any_optimizer(opt, engine):
     whole,parts = new_learner(bs=48, opt=opt, engine=engine),new_learner(AccumulateCB(3), opt=opt, engine=engine)
     for o in (whole, parts): o.fit(2)

@@ -239,7 +239,7 @@ def test_what_a_recipe_says_is_what_the_learner_does(dd, name):
     assert all(last) and set(kinds) == {torch.bfloat16} and set(sizes) == {64}
     assert watch.sides == [*r.sizes, *[28]*r.epochs][:r.epochs]
     assert watch.rows == [round(512*share) for share in ([*r.keep, *r.keep[-1:]*r.epochs] or [1]*r.epochs)[:r.epochs]]
-    assert type(learn.opt) is r.opt and learn.opt.flat
+    assert type(learn.opt) is r.opt and learn.opt.fused
     for peak, each in zip(r.lr, zip(*rates, strict=True), strict=True): assert peak == pytest.approx(max(each)) and each[0] < peak/5 and each[-1] < peak/5
     assert isinstance(dls.train.transform.steps[0], Compose) and not any(isinstance(o, Compose) for o in dls.valid.transform.steps)
 
