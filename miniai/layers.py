@@ -13,14 +13,15 @@ from .module import Module
 
 # %% auto #0
 __all__ = ['Linear', 'Conv1d', 'Conv2d', 'Conv3d', 'ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d', 'BatchNorm1d',
-           'BatchNorm2d', 'BatchNorm3d', 'LayerNorm', 'RMSNorm', 'GroupNorm', 'Embedding', 'Dropout', 'Flatten',
+           'BatchNorm2d', 'BatchNorm3d', 'LayerNorm', 'RMSNorm', 'GroupNorm', 'InstanceNorm1d', 'InstanceNorm2d',
+           'InstanceNorm3d', 'Embedding', 'Dropout', 'Dropout1d', 'Dropout2d', 'Dropout3d', 'Flatten', 'Unflatten',
            'MaxPool1d', 'MaxPool2d', 'MaxPool3d', 'AvgPool1d', 'AvgPool2d', 'AvgPool3d', 'AdaptiveAvgPool1d',
            'AdaptiveAvgPool2d', 'AdaptiveAvgPool3d', 'AdaptiveMaxPool1d', 'AdaptiveMaxPool2d', 'AdaptiveMaxPool3d',
            'ConstantPad1d', 'ConstantPad2d', 'ConstantPad3d', 'ZeroPad1d', 'ZeroPad2d', 'ZeroPad3d', 'ReflectionPad1d',
            'ReflectionPad2d', 'ReflectionPad3d', 'ReplicationPad1d', 'ReplicationPad2d', 'ReplicationPad3d',
-           'CircularPad1d', 'CircularPad2d', 'CircularPad3d', 'Upsample', 'PixelShuffle', 'ReLU', 'ReLU6', 'SELU',
-           'SiLU', 'Mish', 'Hardswish', 'Hardsigmoid', 'Sigmoid', 'LogSigmoid', 'Tanh', 'Softsign', 'LeakyReLU',
-           'PReLU', 'ELU', 'CELU', 'Hardtanh', 'GELU', 'Softplus', 'Softmax', 'LogSoftmax', 'GLU']
+           'CircularPad1d', 'CircularPad2d', 'CircularPad3d', 'Upsample', 'PixelShuffle', 'PixelUnshuffle', 'ReLU',
+           'ReLU6', 'SELU', 'SiLU', 'Mish', 'Hardswish', 'Hardsigmoid', 'Sigmoid', 'LogSigmoid', 'Tanh', 'Softsign',
+           'LeakyReLU', 'PReLU', 'ELU', 'CELU', 'Hardtanh', 'GELU', 'Softplus', 'Softmax', 'LogSoftmax', 'GLU']
 
 # %% ../nbs/22_layers.ipynb #8916c577
 def _begin(m):
@@ -231,6 +232,33 @@ class GroupNorm(Module):
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
     def extra_repr(self): return f'{self.num_channels} in {self.num_groups} groups'
 
+class _InstanceNorm(_BatchNorm):
+    "What all instance normalisations share: by default nothing is learned, and nothing kept"
+    def __init__(self, num_features:int, eps:float=1e-5, momentum:float|None=0.1, affine:bool=False, track_running_stats:bool=False, *,
+                 bias:bool=True): super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias)
+
+    def forward(self, x):
+        alone,batch = self.ndims
+        if x.ndim not in self.ndims or x.shape[-alone] != self.num_features:
+            shape = f'{self.num_features}, {_AXES[batch-2]}'
+            raise ValueError(f'{self._head()}: x is {tuple(x.shape)}, not (n, {shape}) or ({shape})')
+        by_image = self.training or self.running_mean is None
+        y = F.instance_norm(x[None] if x.ndim == alone else x, self.running_mean, self.running_var, self.weight, self.bias, by_image,
+                            self.momentum or 0., self.eps)
+        return y[0] if x.ndim == alone else y
+
+class InstanceNorm1d(_InstanceNorm):
+    "Each channel of each (c, l), with or without a batch, normalised over the positions."
+    ndims = 2,3
+
+class InstanceNorm2d(_InstanceNorm):
+    "Each channel of each (c, h, w), with or without a batch, normalised over the positions."
+    ndims = 3,4
+
+class InstanceNorm3d(_InstanceNorm):
+    "Each channel of each (c, d, h, w), with or without a batch, normalised over the positions."
+    ndims = 4,5
+
 # %% ../nbs/22_layers.ipynb #db6ec023
 class Embedding(Module):
     "A table of rows by number: (...) of int64 to (..., d)."
@@ -252,13 +280,32 @@ class Dropout(Module):
     def __init__(self, p:float=.5, inplace:bool=False):
         if not 0 <= p < 1: raise ValueError(f'Dropout: p is a probability from 0 to below 1, it is {p}')
         self.p,self.inplace = p,inplace
-    def forward(self, x): return F.dropout(x, self.p, self.training, self.inplace)
+    kernel = staticmethod(F.dropout)
+    def forward(self, x): return self.kernel(x, self.p, self.training, self.inplace)
     def extra_repr(self): return f'{self.p}'
+
+class Dropout1d(Dropout):
+    "In training each channel of (n, c, l) is zeroed as a whole."
+    kernel = staticmethod(F.dropout1d)
+
+class Dropout2d(Dropout):
+    "In training each channel of (n, c, h, w) is zeroed as a whole."
+    kernel = staticmethod(F.dropout2d)
+
+class Dropout3d(Dropout):
+    "In training each channel of (n, c, d, h, w) is zeroed as a whole."
+    kernel = staticmethod(F.dropout3d)
 
 class Flatten(Module):
     "(n, ...) to (n, the product of the rest), or other dimensions together."
     def __init__(self, start_dim:int=1, end_dim:int=-1): self.start_dim,self.end_dim = start_dim,end_dim
     def forward(self, x): return x.flatten(self.start_dim, self.end_dim)
+
+class Unflatten(Module):
+    "One dimension taken apart into several."
+    def __init__(self, dim:int, unflattened_size): self.dim,self.unflattened_size = dim,unflattened_size
+    def forward(self, x): return x.unflatten(self.dim, self.unflattened_size)
+    def extra_repr(self): return f'{self.dim} to {tuple(self.unflattened_size)}'
 
 # %% ../nbs/22_layers.ipynb #036ee542
 class _MaxPool(Module):
@@ -345,6 +392,12 @@ class PixelShuffle(Module):
     def __init__(self, upscale_factor:int): self.upscale_factor = upscale_factor
     def forward(self, x): return F.pixel_shuffle(x, self.upscale_factor)
     def extra_repr(self): return f'{self.upscale_factor}'
+
+class PixelUnshuffle(Module):
+    "(n, c, h·r, w·r) to (n, c·r·r, h, w)."
+    def __init__(self, downscale_factor:int): self.downscale_factor = downscale_factor
+    def forward(self, x): return F.pixel_unshuffle(x, self.downscale_factor)
+    def extra_repr(self): return f'{self.downscale_factor}'
 
 # %% ../nbs/22_layers.ipynb #a406dd7f
 class _InPlace(Module):

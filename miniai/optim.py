@@ -9,7 +9,6 @@ from collections import OrderedDict, defaultdict
 from fastcore.basics import patch
 import torch
 from torch import Tensor
-from torch._C import _storage_Use_Count
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 

@@ -64,10 +64,10 @@ def test_on_the_tape_too(name):
 
 def test_nothing_that_both_have_is_left_out():
     missing = {i.name.removeprefix('nn.') for i in module_db} - INFOS.keys()
-    assert len(INFOS) >= 74 and not missing & {'Linear', 'LSTM', 'MultiheadAttention', 'BatchNorm3d', 'CrossEntropyLoss'}
+    assert len(INFOS) >= 81 and not missing & {'Linear', 'LSTM', 'MultiheadAttention', 'BatchNorm3d', 'CrossEntropyLoss'}
 
 # what module_db has no samples of
-OTHERS = {'Dropout': ((.3,), (6, 5)), 'Flatten': ((), (4, 3, 2)), 'Hardsigmoid': ((), (6, 5)), 'Identity': ((), (3,)), 'PixelShuffle': ((2,), (2, 8, 3, 3)),
+OTHERS = {'Dropout': ((.3,), (6, 5)), 'Dropout1d': ((.3,), (6, 5, 4)), 'Dropout2d': ((.3,), (6, 5, 2, 3)), 'Dropout3d': ((.3,), (6, 5, 2, 2, 2)), 'Flatten': ((), (4, 3, 2)), 'Hardsigmoid': ((), (6, 5)), 'Identity': ((), (3,)), 'PixelShuffle': ((2,), (2, 8, 3, 3)), 'PixelUnshuffle': ((2,), (2, 3, 4, 4)), 'Unflatten': ((1, (2, 3)), (4, 6)),
           'Upsample': ((None, 2, 'bilinear', False), (2, 3, 4, 4)), 'Embedding': ((9, 4, -1), None)}
 
 @pytest.mark.parametrize('on', [nullcontext, partial(engine, 'tape')], ids=['torch', 'tape'])

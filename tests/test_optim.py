@@ -2,7 +2,7 @@
 import copy, io, itertools, pickle
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.testing._internal.common_optimizers import optim_db
 from miniai import nn, optim
 from miniai.optim import SGD, Adam, AdamW, Lion, Muon, ScheduleFreeAdamW, clip_grad_norm_, clip_grad_value_

@@ -78,6 +78,22 @@ class Look(torch.nn.Module):
         self.m = m
     def forward(self, x): return self.m(x, x, x)[0]
 
+class Twice(torch.nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+    def forward(self, x): return self.m(x, x)
+
+class Rows(torch.nn.Module):
+    "A cell from row to row of the image"
+    def __init__(self, t, cell):
+        super().__init__()
+        self.cell,self.head = cell,t.Linear(6, 5)
+    def forward(self, x):
+        state = None
+        for row in x[:, 0].unbind(1): state = self.cell(row, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
 class Words(torch.nn.Module):
     "The image as words of 6 letters, one for each brightness"
     def __init__(self, t):
@@ -91,10 +107,12 @@ LAYERS = {
     **{name: (lambda t, name=name: stacked(t, getattr(t, name)(1), d=256)) for name in ('Softmax', 'LogSoftmax')},
     'GLU':         lambda t: stacked(t, t.GLU(1), d=128),
     'Dropout':     lambda t: stacked(t, t.Dropout(.0), d=256),
+    'Dropout2d':   lambda t: stacked(t, t.Dropout2d(.0), d=256),
     'BatchNorm2d': lambda t: stacked(t, t.BatchNorm2d(4), d=256),
     'BatchNorm1d': lambda t: stacked(t, t.Flatten(2), t.BatchNorm1d(4), d=256),
     'BatchNorm3d': lambda t: t.Sequential(t.Conv3d(1, 2, 1), t.BatchNorm3d(2), head(t, 128)),
     'GroupNorm':   lambda t: stacked(t, t.GroupNorm(2, 4), d=256),
+    'InstanceNorm2d': lambda t: stacked(t, t.InstanceNorm2d(4, affine=True), d=256),
     'LayerNorm':   lambda t: stacked(t, t.LayerNorm((8, 8)), d=256),
     'RMSNorm':     lambda t: stacked(t, t.RMSNorm(8, eps=1e-6), d=256),
     'Conv1d':      lambda t: t.Sequential(t.Flatten(2), t.Conv1d(1, 4, 5, stride=2, padding=2, padding_mode='reflect'), head(t, 128)),
@@ -107,9 +125,14 @@ LAYERS = {
     'ConstantPad2d': lambda t: stacked(t, t.ConstantPad2d(1, .5), d=400),
     'Upsample':      lambda t: stacked(t, t.Upsample(scale_factor=2, mode='bilinear'), d=1024),
     'PixelShuffle':  lambda t: stacked(t, t.PixelShuffle(2), d=256),
+    'PixelUnshuffle': lambda t: stacked(t, t.PixelUnshuffle(2), d=256),
+    'Unflatten':     lambda t: stacked(t, t.Unflatten(1, (2, 2)), d=256),
     'Embedding':     Words,
     **{name: (lambda t, name=name: Steps(t, getattr(t, name)(8, 6, 2, batch_first=True, bidirectional=True), 96, lambda y: y[0])) for name in ('RNN', 'LSTM', 'GRU')},
     'MultiheadAttention': lambda t: Steps(t, Look(t.MultiheadAttention(8, 2, batch_first=True)), 64),
+    **{f'{name}Cell': (lambda t, name=name: Rows(t, getattr(t, f'{name}Cell')(8, 6))) for name in ('RNN', 'LSTM', 'GRU')},
+    'TransformerEncoder': lambda t: Steps(t, t.TransformerEncoder(t.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), 2), 64),
+    'TransformerDecoder': lambda t: Steps(t, Twice(t.TransformerDecoder(t.TransformerDecoderLayer(8, 2, 16, dropout=0., batch_first=True), 2, t.LayerNorm(8))), 64),
     'TransformerEncoderLayer': lambda t: Steps(t, t.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), 64),
 }
 
