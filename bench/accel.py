@@ -7,7 +7,7 @@ import argparse, os, re, statistics, subprocess, sys, tempfile, time
 from contextlib import ExitStack, nullcontext
 from itertools import pairwise
 import torch, torch.nn.functional as F
-from miniai import accel
+from miniai import accel, trial
 from miniai.nn import AdaptiveAvgPool2d, AvgPool2d, BatchNorm1d, BatchNorm2d, Conv2d, Flatten, Identity, Linear, Module, ReLU, Sequential
 from report import write
 
@@ -50,7 +50,7 @@ def new_step(levers, args, stack):
         with torch.autocast('cpu', torch.bfloat16, enabled='bf16' in levers): return F.cross_entropy(model(x), y)
     if 'graph' in levers: return in_graph(model, loss, opt)
     def step():
-        with accel.Kernels() if 'kernels' in levers else nullcontext():
+        with trial.Kernels() if 'kernels' in levers else nullcontext():
             loss().backward()
             opt.step()
             opt.zero_grad()
@@ -62,7 +62,7 @@ def in_graph(model, loss, opt):
     params = list(model.parameters())
     torch.clear_autocast_cache()
     graph = make_fx(lambda: torch.autograd.grad(loss(), params))()
-    accel.swap_kernels(graph, ())
+    trial.swap_kernels(graph, ())
     def step():
         with torch.no_grad():
             for p,g in zip(params, graph(), strict=True): p.grad = g
@@ -119,9 +119,9 @@ def short(call):
 
 def kernels():
     "The rows for calls of half a millisecond and more that another way computes quicker"
-    for call,times in accel.known(accel.machine()).items():
-        name, op = accel.pick(times), times[accel.PYTORCH]
-        if name in (accel.PYTORCH, 'apart') or op < 5e-4: continue
+    for call,times in trial.known(trial.machine()).items():
+        name, op = trial.pick(times), times[trial.PYTORCH]
+        if name in (trial.PYTORCH, 'apart') or op < 5e-4: continue
         yield 'kernel', f'{short(call)}: {name}', f'{times[name]*1e3:.2f}', f'{times[name]/op:.3f}', ''
 
 def main():
@@ -135,7 +135,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         os.environ['MINIAI_CACHE'] = tmp        # every kernel is tried anew
         rows = [*steps(measure(args)), *kernels()]
-        tried = len(accel.known(accel.machine()))
+        tried = len(trial.known(trial.machine()))
     head = ('what', 'levers, or the call and the quickest way', 'ms', 'to the default', 'middle half')
     write('accel', 'What each lever gives', head, rows,
           "A step is forward, backward and fused AdamW of the course's ResNet (4.9 M parameters) on 256 images of 28×28, "

@@ -4,10 +4,11 @@
 import argparse, os, statistics, subprocess, sys, warnings
 import torch, torch.nn.functional as F
 from autograd import peak, resnet
-from miniai.accel import channels_last, swap_kernels
+from miniai.accel import channels_last
 from miniai.autograd import engine
 from miniai.compile import compile_step
 from miniai.optim import AdamW
+from miniai.trial import swap_kernels
 from report import write
 
 BS, AIM = 256, 1.

@@ -4,9 +4,10 @@
 import argparse, statistics, warnings
 import torch, torch.nn.functional as F
 from autograd import cnn, mlp, resnet
-from miniai.accel import channels_last, keep_memory, lay_one, swap_kernels
+from miniai.accel import channels_last, keep_memory, lay_one
 from miniai.compile import CompileNote, compile_step
 from miniai.optim import SGD
+from miniai.trial import swap_kernels
 from report import picture, ratio, take_turns, write
 
 CASES = {    # name: the model, its batch, and the ratios of times that we aim at

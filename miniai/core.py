@@ -4,8 +4,9 @@
 
 # %% ../nbs/00_core.ipynb #c629ee9e
 from __future__ import annotations
-import difflib, math, os, random, threading
+import difflib, math, os, platform, random, threading
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['set_seed', 'torch_chance', 'chance', 'set_chance', 'seed_torch', 'mix_keys', 'generator', 'scramble', 'Draw',
            'process_rank', 'default_device', 'map_tensors', 'to_device', 'alike', 'batch_size', 'whole_file',
-           'did_you_mean']
+           'processor', 'did_you_mean']
 
 # %% ../nbs/00_core.ipynb #5825430c
 def set_seed(
@@ -210,6 +211,18 @@ def whole_file(
         with open(tmp, 'rb+') as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #6abc5336
+@cache
+def processor(
+    path='/proc/cpuinfo',
+)->dict: # `name`, and the set `flags`
+    "What Linux says of the processor."
+    try: lines = [line.split(':', 1) for line in Path(path).read_text().split('\n\n')[0].splitlines() if ':' in line]
+    except OSError: return dict(name=platform.processor() or platform.machine(), flags=set())
+    facts = {k.strip(): v.strip() for k,v in lines}
+    name = ' '.join(facts[k] for k in ('model name', 'cpu family', 'model', 'stepping') if k in facts) or platform.machine()
+    return dict(name=name, flags=set((facts.get('flags') or facts.get('Features', '')).split()))
 
 # %% ../nbs/00_core.ipynb #304f60f3
 def did_you_mean(
