@@ -174,7 +174,7 @@ class FastCB(Callback):
         self.begin()
         if self.fast != 'off': self.pull(learn, next(learn.model.parameters()).device)
         told = next((cb.out for cb in learn.cbs if isinstance(cb, ProgressCB) and cb.out), None)
-        if told: print(f"fast={self.fast}: {', '.join(self.names) or 'nothing'}", file=told)
+        if told and self.fast != 'off': print(f"fast={self.fast}: {', '.join(self.names) or 'nothing'}", file=told)
 
     def cleanup_fit(self, learn):
         self.undo.close()
