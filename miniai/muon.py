@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from torch import Tensor
-from .optim import AdamW, Optimizer, decay, mean_momentum, newton_schulz
+from .optim import AdamW, Optimizer, decay, mean_momentum, move, newton_schulz
 
 # %% auto #0
 __all__ = ['as_matrix', 'as_kernel', 'orthogonal_kernel', 'kernel_step', 'MuonAdamW']
@@ -32,7 +32,7 @@ def orthogonal_kernel(g, p, state, group):
 
 def kernel_step(g, p, state, group):
     "p ← p - lr·scale·g, by the shape as a matrix"
-    p.add_(g, alpha=-group['lr'] * math.sqrt(max(1, len(p)**2/p.numel())))
+    move(p, g, -group['lr'] * math.sqrt(max(1, len(p)**2/p.numel())))
 
 # %% ../nbs/33_muon.ipynb #91575c2e
 class MuonAdamW(Optimizer):

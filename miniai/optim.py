@@ -131,7 +131,7 @@ _HOOKS = ['_optimizer_' + o for o in ('step_pre_hooks', 'step_post_hooks', 'stat
 # %% ../nbs/30_optim.ipynb #70dd83f5
 def move(p, d, c, over=None):
     "p ← p + c·d, or p + c·d/over"
-    if isinstance(c, Tensor): return p.add_((d if over is None else d/over)*c)
+    if isinstance(c, Tensor): return p.add_((d if over is None else d/over).to(p.dtype)*c)
     return p.add_(d, alpha=c) if over is None else p.addcdiv_(d, over, value=c)
 
 # %% ../nbs/30_optim.ipynb #747e8643

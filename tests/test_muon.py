@@ -1,7 +1,8 @@
 "MuonAdamW against PyTorch's Muon and AdamW, each on its part; either layout; fused and not; saved and taken up again"
-import copy
+import copy, warnings
 import pytest, torch
 from miniai import muon, nn
+from miniai.compile import CompileNote, compile_step
 from miniai.muon import MuonAdamW, as_kernel, as_matrix
 from miniai.schedule import turn
 
@@ -96,3 +97,19 @@ def test_a_missing_gradient_is_passed_over():
 def test_for_nets_that_have_both():
     with pytest.raises(ValueError, match='0 kernels and 2 other'): MuonAdamW(nn.Linear(2, 2).parameters())
     with pytest.raises(ValueError, match='1 kernels and 0 other'): MuonAdamW(nn.Conv2d(2, 2, 3, bias=False).parameters())
+
+def test_a_step_that_is_replayed_is_the_same_step():
+    ends = []
+    for make in (None, compile_step):
+        model = net()
+        opt = MuonAdamW(model.parameters(), fused=True)
+        if make is None: train(model, opt, batches())
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter('error', CompileNote)                  # that it could not be recorded
+                step = make(model, torch.nn.functional.cross_entropy, opt, 'replay')
+                for x,y in batches(): step(x, y)
+            assert 'the whole step, for 1 kind of batch' in repr(step)
+        ends.append(model)
+    same(*ends, rtol=1e-2, atol=1e-2)
+    with pytest.raises(AssertionError): same(ends[1], net(), rtol=1e-2, atol=1e-2)
