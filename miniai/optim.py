@@ -606,7 +606,7 @@ class _Plan:
         if any([g is None for g in gs]) or any([p.grad is not None for p in self.waiting]): return None
         if [g.stride() for g in gs] == self.strides: return gs
         if any(g.layout != torch.strided for g in gs): return None
-        return [torch.empty_like(p).copy_(g) for p,g in zip(self.ps, gs, strict=True)]
+        return [g if g.stride() == s else torch.empty_like(p).copy_(g) for p,g,s in zip(self.ps, gs, self.strides, strict=True)]
 
 # %% ../nbs/30_optim.ipynb #a256bb2e
 @patch

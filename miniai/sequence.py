@@ -34,7 +34,7 @@ class _Cell(Module):
 
     def forward(self, x, hx=None): # the input; the state, or a tuple of them, zeros where None
         if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
-            raise ValueError(f'{self._head()}: x is {tuple(x.shape)}, not (n, {self.input_size})')
+            raise ValueError(f'{self._head()}: x is {tuple(x.shape)}, not (n, {self.input_size}) or ({self.input_size},)')
         states = (x.new_zeros(*x.shape[:-1], self.hidden_size),)*self.states if hx is None else hx if self.states > 1 else (hx,)
         want = *x.shape[:-1],self.hidden_size
         if any(s.shape != want for s in states):
