@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .core import Draw
+from .core import Draw, mix_keys
 
 # %% auto #0
 __all__ = ['Normalize', 'on_images', 'BatchTransform', 'Flip', 'RandomCrop', 'Cutout', 'RandomErase', 'Mixup', 'CutMix',
@@ -103,10 +103,14 @@ class BatchTransform:
         return on_images(lambda x: self._some(self._checked(x, draw), draw), batch, self._name)
 
     def _some(self, x, draw):
-        new = self.images(x, draw)
-        if self.p == 1: return new
-        pick = torch.arange(len(x), device=x.device) + len(x)*draw.bernoulli(self.p)
+        new,which = self.images(x, draw),self.which(draw)
+        if which is None: return new
+        pick = torch.arange(len(x), device=x.device) + len(x)*which
         return torch.cat([x, new]).index_select(0, pick)      # whole images are moved: quicker than `where`, pixel by pixel
+
+    def which(self, draw):
+        "Which images are changed: (n,) bool, or None for all of them."
+        return None if self.p == 1 else draw.bernoulli(self.p)
 
     def _checked(self, x, draw):
         if x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()): raise ValueError(
@@ -121,8 +125,19 @@ class BatchTransform:
 # %% ../nbs/44_transform.ipynb #734f9d93
 class Flip(BatchTransform):
     "Mirror each image left to right with probability `p`."
-    def __init__(self, p:float=.5): super().__init__(p)
+    def __init__(self,
+        p:float=.5,
+        alternate:bool=False, # `p` is for the first epoch, after which each image takes turns
+    ):
+        super().__init__(p)
+        self.alternate = alternate
+
     def images(self, x, draw): return x.flip(-1)
+
+    def which(self, draw):
+        if not self.alternate: return super().which(draw)
+        first = Draw(mix_keys(draw.seed), 0, draw.rows)       # with a seed of its own: no other transform draws the same
+        return first.bernoulli(self.p) ^ bool(draw.epoch % 2)
 
 # %% ../nbs/44_transform.ipynb #7e7c974b
 class RandomCrop(BatchTransform):

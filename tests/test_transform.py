@@ -114,7 +114,7 @@ def test_p_0_mixes_nothing(t):
     z = torch.randn(N, C)
     torch.testing.assert_close(F.cross_entropy(z, soft), F.cross_entropy(z, y))
 
-EACH = [m.Flip(), m.RandomCrop(3), m.RandomCrop(2, 'reflect', p=.5), m.Cutout(6), m.RandomErase(), m.Compose(m.RandomCrop(4), m.Flip(), m.RandomErase())]
+EACH = [m.Flip(), m.Flip(alternate=True), m.RandomCrop(3), m.RandomCrop(2, 'reflect', p=.5), m.Cutout(6), m.RandomErase(), m.Compose(m.RandomCrop(4), m.Flip(), m.RandomErase())]
 
 @pytest.mark.parametrize('t', EACH, ids=repr)
 def test_a_row_draws_the_same_in_any_batch(t):
@@ -139,6 +139,17 @@ def test_every_shift_occurs_and_none_beyond():
     x[:,:,4,4] = 1
     places = {divmod(o.argmax().item(), 9) for o in m.RandomCrop(2)(x, draw(2000))}
     assert places == {(r, k) for r in range(2, 7) for k in range(2, 7)}
+
+def test_alternating_flips_take_turns():
+    x, _ = batch()
+    flip = m.Flip(.3, alternate=True)
+    seen = [flip(x, draw(epoch=e)) for e in range(5)]
+    for a,b in zip(seen, seen[1:], strict=False): assert b.equal(a.flip(-1))
+    first = flip.which(Draw(1, 0, range(20_000)))
+    assert abs(first.float().mean() - .3) < .02 and abs((first & flip.which(Draw(2, 0, range(20_000)))).float().mean() - .09) < .02
+    other = Draw(1, 0, range(20_000)).bernoulli(.3)                # what any other transform would draw first
+    assert abs((first & other).float().mean() - .09) < .02
+    for p,want in ((0, x), (1, x.flip(-1))): assert m.Flip(p, alternate=True)(x, draw()).equal(want)
 
 def test_each_image_is_the_partner_of_one():
     x, y = torch.zeros(N, 1, 4, 4), torch.arange(N)
@@ -189,7 +200,7 @@ def test_compose():
     assert m.Compose(None, m.Flip(), None).takes_draw and not m.Compose(None, torch.neg).takes_draw
     x, y = batch(dtype=torch.float32)
     assert m.Compose(lambda b: (b[0]+1, b[1]), None)((x, y))[0].equal(x+1)
-    assert repr(m.Compose(m.Flip(), m.Cutout(3))) == 'Compose(Flip(p=0.5), Cutout(p=1.0, size=3, value=0))'
+    assert repr(m.Compose(m.Flip(), m.Cutout(3))) == 'Compose(Flip(p=0.5, alternate=False), Cutout(p=1.0, size=3, value=0))'
     import pickle
     assert pickle.loads(pickle.dumps(m.Compose(m.Flip(), m.Normalize(.1, .2))))((batch()), draw())[0].dtype == torch.float32
 
