@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['aten', 'RULES', 'OPERATOR', 'LIKE', 'ORDER', 'Reads', 'Keep', 'COMPOSITE', 'RECURRENT', 'FORGETS', 'TWINS', 'NONE',
-           'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged', 'Keeps', 'plain', 'over', 'conj',
-           'times', 'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat', 'eye', 'turn', 'real', 'tie', 'scaled',
-           'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat', 'unrepeat', 'put_back', 'blank',
-           'unfold_back', 'extent', 'strided_back', 'axes', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back',
-           'share', 'first', 'pick_back', 'others', 'prod_back', 'norm_back', 'later', 'cumprod_back',
-           'logcumsumexp_back', 'logsumexp_back', 'rows', 'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back',
-           'zero_at', 'rows_at', 'gathered', 'unmask', 'like_rows', 'reduce_back', 'product_weights',
-           'index_reduce_back', 'segment_back', 'constant', 'parts', 'distance_of', 'all_to_all', 'pairs', 'trilinear',
-           'decomposition', 'writes', 'forgets', 'twin', 'NoRules']
+__all__ = ['aten', 'RULES', 'OPERATOR', 'LIKE', 'ORDER', 'Reads', 'Keep', 'VIEW_WRITTEN', 'VIEW_READ', 'COMPOSITE', 'RECURRENT',
+           'FORGETS', 'TWINS', 'NONE', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged',
+           'Keeps', 'plain', 'over', 'conj', 'times', 'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat',
+           'eye', 'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat',
+           'unrepeat', 'put_back', 'blank', 'unfold_back', 'place', 'extent', 'strided_back', 'strided', 'in_memory',
+           'rest', 'axes', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back',
+           'others', 'prod_back', 'norm_back', 'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows',
+           'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask',
+           'like_rows', 'reduce_back', 'product_weights', 'index_reduce_back', 'segment_back', 'constant', 'parts',
+           'distance_of', 'all_to_all', 'pairs', 'trilinear', 'decomposition', 'writes', 'forgets', 'twin', 'NoRules']
 
 # %% ../nbs/11_rules.ipynb #dcc50204
 aten = torch.ops.aten
@@ -431,23 +431,41 @@ def unfold_back(g, shape, d, size, step):
     at = (torch.arange(g.shape[d], device=g.device)[:, None]*step + torch.arange(size, device=g.device)).flatten()
     return g.new_zeros(shape).index_add_(d, at, g.movedim(-1, d+1).flatten(d, d+1))
 
-def extent(size, stride):
-    "How much memory is spanned."
-    return 0 if 0 in size else 1 + sum((n-1)*s for n,s in zip(size, stride, strict=True))
+def place(x): return tuple(x.shape),x.stride(),x.storage_offset()      # where in its memory a tensor looks
 
-def strided_back(g, a, size, stride, at):
-    "The sum over the places that saw a number, by way of `a`'s memory."
-    at = a.storage_offset() if at is None else at
-    n = max(extent(a.shape, a.stride()) + a.storage_offset(), extent(size, stride) + at)
-    address = torch.arange(n, device=g.device)
-    z = g.new_zeros(n).index_add_(0, address.as_strided(size, stride, at).flatten(), g.flatten())
-    return z[address.as_strided(a.shape, a.stride(), a.storage_offset())]
+def extent(size, stride, at):
+    "Where the memory that is looked at ends."
+    return at + (0 if 0 in size else 1 + sum((n-1)*s for n,s in zip(size, stride, strict=True)))
+
+def strided_back(g, n, here, there):
+    "The gradient of a tensor that lies `here` in a memory of `n` numbers, of which those `there` were seen, some perhaps twice."
+    address = torch.arange(n, device=g.device).as_strided(*there)
+    return g.new_zeros(n).index_add(0, address.flatten(), g.flatten()).as_strided(*here)
+
+def strided(a, size, stride, at):
+    "For `as_strided`: how much memory, where `a` lies in it, and what is seen of it."
+    here,there = place(a),(size, stride, a.storage_offset() if at is None else at)
+    return max(extent(*here), extent(*there)),here,there
 
 #    y = op(a, ...)                     dL/da
 rule(aten.unfold.default,               lambda g,y,a,d,size,step: unfold_back(g, a.shape, d, size, step))
-rule(aten.as_strided.default,           lambda g,y,a,size,stride,at: strided_back(g, a, size, stride, at))
+rule(aten.as_strided.default,           lambda g,y,a,size,stride,at: strided_back(g, *strided(a, size, stride, at)))
 rule(aten.as_strided_scatter.default,   lambda g,y,a,b,size,stride,at: blank(g.contiguous(), torch.as_strided, size, stride, at),
                                         lambda g,y,a,b,size,stride,at: g.contiguous().as_strided(size, stride, at).reshape(b.shape))
+
+# %% ../nbs/11_rules.ipynb #1a433237
+def in_memory(g, n, here):
+    "`g` in a memory of `n` numbers, at its place."
+    if (place(g), g.untyped_storage().nbytes()) == (here, n*g.element_size()): return g
+    return g.new_zeros(n).as_strided_scatter(g, *here)
+
+def rest(g, n, here, there):
+    "What is left of the gradient of a tensor after a view of it was written over."
+    return in_memory(g, n, here).as_strided_scatter(g.new_zeros(there[0]), *there).as_strided(*here)
+
+VIEW_WRITTEN = Rule('view written', (lambda g,y,x,v,n,here,there: rest(g, n, here, there),
+                                     lambda g,y,x,v,n,here,there: in_memory(g, n, here).as_strided(*there)), (0, 1))
+VIEW_READ    = Rule('view read',    (lambda g,y,x,n,here,there:   strided_back(g, n, here, there),), (0,))
 
 # %% ../nbs/11_rules.ipynb #9a7dad6b
 def axes(dims, ndim): return list(range(ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._C import _storage_Use_Count
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from . import kernels, linalg      # noqa: F401 (they put their rows into the table)
-from .rules import NONE, RULES, Rule, decomposition, forgets, twin, writes
+from .rules import NONE, RULES, VIEW_READ, VIEW_WRITTEN, Rule, decomposition, forgets, place, twin, writes
 
 # %% auto #0
-__all__ = ['VERSIONS', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'ALONE', 'VIEW_WRITTEN', 'VIEW_READ', 'Edge', 'is_float',
-           'like', 'listed', 'Node', 'double', 'Tape', 'versions', 'Grads', 'fit', 'ours_alone', 'count_alone',
-           'hooked', 'leading', 'open_tapes', 'Aside', 'seed', 'places', 'memory', 'rest', 'put']
+__all__ = ['VERSIONS', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'ALONE', 'Edge', 'is_float', 'like', 'listed', 'Node',
+           'double', 'Tape', 'versions', 'Grads', 'fit', 'ours_alone', 'count_alone', 'hooked', 'leading', 'open_tapes',
+           'Aside', 'seed', 'places']
 
 # %% ../nbs/14_tape.ipynb #44df3dc3
 class Edge:
@@ -477,23 +477,5 @@ def look_again(self:Tape, x)->Edge:
     return edge
 
 def places(base, x):
-    "How many numbers lie in the memory of both, and where (size, stride, offset) each of the two looks."
-    return base.untyped_storage().nbytes()//base.element_size(),*[(tuple(t.shape), t.stride(), t.storage_offset()) for t in (base, x)]
-
-def memory(g, n, here):
-    "`g` in a memory of `n` numbers, at its place."
-    if places(g, g)[:2] == (n, here): return g
-    return g.new_zeros(n).as_strided_scatter(g, *here)
-
-def rest(g, n, here, there):
-    "What is left of the gradient of a tensor after a view of it was written over."
-    return memory(g, n, here).as_strided_scatter(g.new_zeros(there[0]), *there).as_strided(*here)
-
-def put(g, n, here, there):
-    "The gradient of a tensor of which a view was read; views may see a number twice."
-    at = torch.arange(n, device=g.device).as_strided(*there)
-    return g.new_zeros(n).index_add(0, at.flatten(), g.flatten()).as_strided(*here)
-
-VIEW_WRITTEN = Rule('view written', (lambda g,y,base,x,n,here,there: rest(g, n, here, there),
-                                     lambda g,y,base,x,n,here,there: memory(g, n, here).as_strided(*there)), (0, 1))
-VIEW_READ    = Rule('view read',    (lambda g,y,base,n,here,there:   put(g, n, here, there),), (0,))
+    "How many numbers lie in the memory of both, and where each of the two looks."
+    return base.untyped_storage().nbytes()//base.element_size(),place(base),place(x)
