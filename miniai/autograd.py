@@ -20,7 +20,7 @@ from . import tape as engine_room
 from .backprop import numerical_grad
 from .core import did_you_mean
 from .rules import Rule, aten
-from .tape import Aside, Edge, Node, double, hooked, is_float, leading, listed, open_tapes
+from .tape import Edge, Node, double, hooked, is_float, leading, listed, open_tapes
 
 # %% auto #0
 __all__ = ['PASSAGE', 'TORCH', 'Tape', 'learns', 'accumulate', 'tape_of', 'with_seeds', 'backward_here', 'grad_here', 'Context',
@@ -60,7 +60,7 @@ def backward(self:Tape, ys, retain=False, create_graph=False, inputs=None):
         if xs is not None: accumulate(xs[n][0], gs.get(xs[n][1]), taken)
         elif learnt(n): accumulate(n.leaf(), gs[0], taken)
     asked = xs.__contains__ if xs is not None else None if self.follow is learns else lambda n: learnt(n) or n.rule is PASSAGE
-    with Aside(self, create_graph): self.walk(ys, asked, arrived, retain or create_graph)
+    with self.aside(create_graph): self.walk(ys, asked, arrived, retain or create_graph)
 
 def accumulate(x, g, taken):
     "Add `g` to `x.grad`; the first becomes it, as a tensor of its own."

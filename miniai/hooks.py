@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .autograd import Tape, units
 from .core import chance, map_tensors, set_chance, to_device, torch_chance
 from .learner import Callback, Learner, parts
-from .tape import Aside, leading, open_tapes
+from .tape import leading, open_tapes
 
 # %% auto #0
 __all__ = ['aten', 'FLOPS', 'ILL', 'ADVICE', 'Hook', 'Hooks', 'unit_axis', 'spread_out', 'describe', 'is_leaf', 'ActivationStats',
@@ -442,7 +442,7 @@ def first_bad_gradient(tape, loss):
         seen.setdefault(node, {})[i] = g
     for node in leading([tape.source(loss).node], lambda n: True): node.hooks = _EveryOutput(partial(look, node))
     try:
-        with Aside(tape, False): tape.walk([(loss, None)], None, lambda node, gs: None, retain=True)
+        with tape.aside(): tape.walk([(loss, None)], None, lambda node, gs: None, retain=True)
     except _Stop as stop: bad = stop.args[0]
     else: return None
     for node in [n for n in seen if any(e.node is bad for e in n.edges)]:
@@ -451,7 +451,7 @@ def first_bad_gradient(tape, loss):
 def pulled(tape, node, gs, to)->list:
     "What `node` gives to the node `to`, for the gradients `gs` at its outputs."
     gave = []
-    with Aside(tape, False): node.pull(gs, lambda e, g: gave.append(g) if e.node is to else None)
+    with tape.aside(): node.pull(gs, lambda e, g: gave.append(g) if e.node is to else None)
     return gave
 
 class _EveryOutput:

@@ -124,10 +124,10 @@ def _levers(r):
 
 # %% ../nbs/61_recipes.ipynb #420ac339
 RECIPES = {r.name: r for r in (
-    Recipe('fashion-fast', 'fastnet', epochs=5, lr=(.15, .004), opt=MuonAdamW, smooth=.1, augment=(Flip(),),
-           sizes=(20,), keep=(1., .35)),
-    Recipe('fashion-best', 'fastnet', epochs=10, lr=(.15, .004), model_args=dict(widths=(48, 96, 192)), opt=MuonAdamW, smooth=.1,
-           augment=(Flip(), RandomCrop(1)), sizes=(20, 20), keep=(1., 1., .5)))}
+    Recipe('fashion-fast', 'fastnet', epochs=6, lr=(.15, .004), opt=MuonAdamW, smooth=.1, augment=(Flip(alternate=True),),
+           sizes=(20,), keep=(1., .38)),
+    Recipe('fashion-best', 'fastnet', epochs=14, lr=(.15, .004), model_args=dict(widths=(56, 112, 224)), opt=MuonAdamW, smooth=.1,
+           augment=(Flip(alternate=True), RandomCrop(1)), sizes=(20, 20), keep=(1., 1., .5)))}
 
 def recipe(
     name:str, # a key of `RECIPES`

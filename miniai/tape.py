@@ -20,8 +20,8 @@ from .rules import NONE, RULES, VIEW_READ, VIEW_WRITTEN, Rule, decomposition, fo
 
 # %% auto #0
 __all__ = ['VERSIONS', 'is_excluded', 'exclude', 'SERIAL', 'LEAF', 'ALONE', 'Edge', 'is_float', 'like', 'listed', 'Node',
-           'double', 'Tape', 'versions', 'Grads', 'fit', 'ours_alone', 'count_alone', 'hooked', 'leading', 'open_tapes',
-           'Aside', 'seed', 'places']
+           'versions', 'double', 'Tape', 'Grads', 'fit', 'ours_alone', 'count_alone', 'hooked', 'leading', 'open_tapes',
+           'seed', 'places']
 
 # %% ../nbs/14_tape.ipynb #44df3dc3
 class Edge:
@@ -76,12 +76,17 @@ class Node:
 VERSIONS = torch._C.DispatchKey.ADInplaceOrView
 is_excluded,exclude = torch._C._dispatch_tls_is_dispatch_key_excluded,torch._C._dispatch_tls_set_dispatch_key_excluded
 
+class versions:
+    "`with versions(on):` does PyTorch count versions and note views? It does around an operator, and not within."
+    def __init__(self, on): self.off = not on
+    def __enter__(self):
+        self.was = is_excluded(VERSIONS)
+        exclude(VERSIONS, self.off)
+    def __exit__(self, *error): exclude(VERSIONS, self.was)
+
 def double(x):
     "Another tensor on the memory of `x`, with the same count of versions, known to other tapes as `x` is."
-    was = is_excluded(VERSIONS)
-    exclude(VERSIONS, False)
-    twin = x.detach()
-    exclude(VERSIONS, was)
+    with versions(True): twin = x.detach()
     if x.__dict__: twin.__dict__.update({k: edge for k,edge in x.__dict__.items() if k.startswith('_edge')})
     return twin
 
@@ -228,14 +233,6 @@ def listening(self:Tape, op):
         with versions(not op.has_kernel_for_dispatch_key(VERSIONS)): yield
     finally: TorchDispatchMode.__exit__(self, None, None, None)
 
-class versions:
-    "`with versions(on):` does PyTorch count versions and note views? It does around an operator, and not within."
-    def __init__(self, on): self.off = not on
-    def __enter__(self):
-        self.was = is_excluded(VERSIONS)
-        exclude(VERSIONS, self.off)
-    def __exit__(self, *error): exclude(VERSIONS, self.was)
-
 # %% ../nbs/14_tape.ipynb #ab9ff9df
 @patch
 def pull(self:Node, gs, give, useful=None, deep=False, over=False):
@@ -345,21 +342,19 @@ def open_tapes():
     "The tapes that are recording, the innermost first."
     return [t for t in reversed(_get_current_dispatch_mode_stack()) if isinstance(t, Tape)]
 
-class Aside:
-    "`with Aside(tape, create_graph):` it does not listen, unless gradients of gradients are wanted; tapes around it do."
-    def __init__(self, tape, create_graph): self.tape,self.listens,self.guard = tape,create_graph,torch._C._AutoDispatchBelowAutograd()
-    def __enter__(self):
-        stack,self.was = _get_current_dispatch_mode_stack(),self.tape.walking
-        self.guard.__enter__()
-        self.on_top,self.shut = bool(stack) and stack[-1] is self.tape,self.tape not in stack
-        if self.listens: self.shut and self.tape.__enter__()
-        elif self.on_top: _pop_mode()
-        else: self.tape.walking = True
-    def __exit__(self, *error):
-        if self.listens: self.shut and self.tape.__exit__(*error)
-        elif self.on_top: _push_mode(self.tape)
-        else: self.tape.walking = self.was
-        self.guard.__exit__(*error)
+@patch
+@contextmanager
+def aside(self:Tape, create_graph=False):
+    "The tape does not listen, unless gradients of gradients are wanted; tapes around it do."
+    stack,was = _get_current_dispatch_mode_stack(),self.walking
+    on_top = not create_graph and stack[-1:] == [self]                     # then it steps down: it would cost to ask it each time
+    with torch._C._AutoDispatchBelowAutograd(), self if create_graph and self not in stack else nullcontext():
+        if on_top: _pop_mode()
+        self.walking = not create_graph
+        try: yield
+        finally:
+            self.walking = was
+            if on_top: _push_mode(self)
 
 @patch
 @contextmanager
@@ -388,7 +383,7 @@ def gradients(self:Tape, ys, xs, retain=False, create_graph=False):
     "The gradient of several outputs together, `ys` = [(y, g), ...]."
     edges,found = [self.asked(x, ys) for x in xs],{}
     asked = {e.node for e in edges if e}
-    with Aside(self, create_graph): self.walk(ys, asked.__contains__, found.__setitem__, retain or create_graph)
+    with self.aside(create_graph): self.walk(ys, asked.__contains__, found.__setitem__, retain or create_graph)
     return [found.get(e.node, {}).get(e.i) if e else None for e in edges]
 
 @patch

@@ -107,12 +107,11 @@ def resnet(
 
 # %% ../nbs/60_vision.ipynb #27ec456a
 def pooled(c_in:int, c_out:int):
-    "Convolution, the largest of 2×2, batch normalisation, ReLU: height and width are halved (rounded down)."
-    return Sequential(Conv2d(c_in, c_out, 3, padding=1, bias=False), MaxPool2d(2), BatchNorm2d(c_out), ReLU())
+    "The largest of 2×2, convolution, batch normalisation, ReLU: height and width are halved (rounded down)."
+    return Sequential(MaxPool2d(2), *conv(c_in, c_out, stride=1))
 
 def _eighth(x): return x/8
 
-# %% ../nbs/60_vision.ipynb #971cdc38
 def fastnet(
     c_in:int=1,  # channels of the image
     size:int=28, # its height and width, in pixels

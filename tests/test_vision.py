@@ -75,7 +75,7 @@ class TFast(nn.Module):
         x = stem(x)
         x = x + r1(x)
         for (conv,norm),r in ((d1, r2), (d2, r3)):
-            x = norm(F.max_pool2d(conv(x), 2)).relu()
+            x = norm(conv(F.max_pool2d(x, 2))).relu()
             x = x + r(x)
         return self.head(x.amax((2, 3)))/8
 
