@@ -126,7 +126,7 @@ def _levers(r):
 RECIPES = {r.name: r for r in (
     Recipe('fashion-fast', 'fastnet', epochs=6, lr=(.15, .004), opt=MuonAdamW, smooth=.1, augment=(Flip(alternate=True),),
            sizes=(20,), keep=(1., .38)),
-    Recipe('fashion-best', 'fastnet', epochs=14, lr=(.15, .004), model_args=dict(widths=(56, 112, 224)), opt=MuonAdamW, smooth=.1,
+    Recipe('fashion-best', 'fastnet', epochs=12, lr=(.15, .004), model_args=dict(widths=(64, 128, 256)), opt=MuonAdamW, smooth=.1,
            augment=(Flip(alternate=True), RandomCrop(1)), sizes=(20, 20), keep=(1., 1., .5)))}
 
 def recipe(
