@@ -29,15 +29,16 @@ class Skip(nn.Sequential):
 def layer(c_in, c_out, k=3, stride=1):
     return nn.Sequential(nn.Conv2d(c_in, c_out, k, stride, k//2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
 
-def net(widths=(32, 64, 128)):
+def net():
     "The net that held the record: a small ResNet-9 with a stem of stride 2"
-    a, b, c = widths
+    a, b, c = 32, 64, 128
     def twice(n): return Skip(layer(n, n), layer(n, n))
     return nn.Sequential(layer(1, a, 5, 2), twice(a), layer(a, b), nn.MaxPool2d(2), twice(b), layer(b, c), nn.MaxPool2d(2), twice(c),
                          nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(c, 10, bias=False))
 
-def by_hand(dd, seed, epochs, bs=256, lr=6e-3):
+def by_hand(dd, seed, epochs):
     "Seconds and accuracy of a plain loop: some epochs of one-cycle AdamW, flips, bfloat16, channels last, data in memory"
+    bs, lr = 256, 6e-3
     torch.manual_seed(seed)
     (x, y), (xt, yt) = [[dl.ds.columns[k] for k in ('image', 'label')] for dl in DataLoaders.from_dd(dd, bs=bs)]
     mean, std = x.float().mean(), x.float().std()
@@ -84,9 +85,8 @@ HEAD = {'seconds': '.1f', 'by hand': '.1f', 'ratio': '.2f', 'busy': '.2f',      
 
 def run(r, dd, seed, epochs):
     "One row of `HEAD`: by hand for so many epochs, then ours"
-    theirs, good = by_hand(dd, seed, epochs)
-    seconds, busy, once, twice = train(r, dd, seed)
-    return seconds, theirs, seconds/theirs, busy, once, twice, good
+    (theirs, right), (seconds, *rest) = by_hand(dd, seed, epochs), train(r, dd, seed)
+    return seconds, theirs, seconds/theirs, *rest, right
 
 def line(seed, *row): return str(seed), *[f'{o:{spec}}' for o,spec in zip(row, HEAD.values(), strict=True)]
 

@@ -15,7 +15,7 @@ __all__ = ['aten', 'RULES', 'OPERATOR', 'LIKE', 'ORDER', 'Reads', 'Keep', 'VIEW_
            'FORGETS', 'TWINS', 'NONE', 'Rule', 'rule', 'overloads', 'tensors', 'own', 'reads', 'more', 'merged',
            'Keeps', 'plain', 'over', 'conj', 'times', 'slope', 'unless', 'nonzero', 'at_least', 'at_most', 'flat',
            'eye', 'turn', 'real', 'tie', 'scaled', 'at_zero', 'gamma_density', 'log', 'unknown', 'inverse', 'uncat',
-           'unrepeat', 'put_back', 'blank', 'unfold_back', 'place', 'extent', 'strided_back', 'strided', 'in_memory',
+           'unrepeat', 'put_back', 'blank', 'unfold_back', 'place', 'extent', 'strided_back', 'strided', 'at_place',
            'rest', 'axes', 'size', 'spread', 'mean_back', 'var_back', 'sqrt_back', 'share', 'first', 'pick_back',
            'others', 'prod_back', 'norm_back', 'later', 'cumprod_back', 'logcumsumexp_back', 'logsumexp_back', 'rows',
            'matmul_a', 'matmul_b', 'linear_x', 'linear_w', 'index_back', 'zero_at', 'rows_at', 'gathered', 'unmask',
@@ -454,17 +454,17 @@ rule(aten.as_strided_scatter.default,   lambda g,y,a,b,size,stride,at: blank(g.c
                                         lambda g,y,a,b,size,stride,at: g.contiguous().as_strided(size, stride, at).reshape(b.shape))
 
 # %% ../nbs/11_rules.ipynb #1a433237
-def in_memory(g, n, here):
+def at_place(g, n, here):
     "`g` in a memory of `n` numbers, at its place."
     if (place(g), g.untyped_storage().nbytes()) == (here, n*g.element_size()): return g
     return g.new_zeros(n).as_strided_scatter(g, *here)
 
 def rest(g, n, here, there):
     "What is left of the gradient of a tensor after a view of it was written over."
-    return in_memory(g, n, here).as_strided_scatter(g.new_zeros(there[0]), *there).as_strided(*here)
+    return at_place(g, n, here).as_strided_scatter(g.new_zeros(there[0]), *there).as_strided(*here)
 
 VIEW_WRITTEN = Rule('view written', (lambda g,y,x,v,n,here,there: rest(g, n, here, there),
-                                     lambda g,y,x,v,n,here,there: in_memory(g, n, here).as_strided(*there)), (0, 1))
+                                     lambda g,y,x,v,n,here,there: at_place(g, n, here).as_strided(*there)), (0, 1))
 VIEW_READ    = Rule('view read',    (lambda g,y,x,n,here,there:   strided_back(g, n, here, there),), (0,))
 
 # %% ../nbs/11_rules.ipynb #9a7dad6b

@@ -217,7 +217,7 @@ def test_a_recipe_trains_and_reruns_to_the_bit(dd, name):
     first, again = run(), run()
     assert first.losses == again.losses and len(first.losses) == sum(round(512*share)//64 for share in shares)
     for a,b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True): assert a.equal(b)
-    assert first.rows[-1]['valid_loss'] < .95*math.log(10) and first.rows[-1]['valid_accuracy'] > .2      # chance is log 10 and .1
+    assert first.rows[-1]['valid_loss'] < .85*math.log(10) and first.rows[-1]['valid_accuracy'] > .35      # chance is log 10 and .1
     assert run(seed=1).losses != first.losses and run(data_seed=1).losses != first.losses
 
 @pytest.mark.parametrize('name', recipes.RECIPES)
