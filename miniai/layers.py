@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.nn import Buffer, Parameter
-from .init import fans, kaiming_uniform_, normal_, uniform_
+from .init import constant_, fans, kaiming_uniform_, normal_, ones_, uniform_, zeros_
 from .module import Module
 
 # %% auto #0
@@ -24,18 +24,20 @@ __all__ = ['Linear', 'Conv1d', 'Conv2d', 'Conv3d', 'ConvTranspose1d', 'ConvTrans
            'LeakyReLU', 'PReLU', 'ELU', 'CELU', 'Hardtanh', 'GELU', 'Softplus', 'Softmax', 'LogSoftmax', 'GLU']
 
 # %% ../nbs/22_layers.ipynb #8916c577
-def _begin(m):
-    "Weight and bias as PyTorch's linear layers and convolutions begin"
-    kaiming_uniform_(m.weight, 5**.5)
-    if m.bias is not None: uniform_(m.bias, -(b := 1/math.sqrt(fans(m.weight)[0])), b)
+class _Affine(Module):
+    "What linear layers and convolutions share: how they begin"
+    def reset_parameters(self):
+        "Begin anew, as PyTorch's layers do."
+        kaiming_uniform_(self.weight, 5**.5)
+        if self.bias is not None: uniform_(self.bias, -(b := 1/math.sqrt(fans(self.weight)[0])), b)
 
-class Linear(Module):
+class Linear(_Affine):
     "Affine map of each row: (..., d_in) to (..., d_out)."
     def __init__(self, in_features:int, out_features:int, bias:bool=True):
         self.in_features,self.out_features = in_features,out_features
         self.weight = Parameter(torch.empty(out_features, in_features))
         self.bias = Parameter(torch.empty(out_features)) if bias else None
-        _begin(self)
+        self.reset_parameters()
 
     def forward(self, x):
         if x.shape[-1] != self.in_features:
@@ -49,7 +51,7 @@ class Linear(Module):
 def _times(v, n): return tuple(v) if isinstance(v, (tuple, list)) else (v,)*n
 _AXES = {1: 'l', 2: 'h, w', 3: 'd, h, w'}
 
-class _Conv(Module):
+class _Conv(_Affine):
     "What all convolutions share"
     transposed = False
     def __init__(self, in_channels:int, out_channels:int, kernel_size=3, stride=1, padding=0, dilation=1, groups:int=1, bias:bool=True,
@@ -63,7 +65,7 @@ class _Conv(Module):
         a,b = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         self.weight = Parameter(torch.empty(a, b//groups, *self.kernel_size))
         self.bias = Parameter(torch.empty(out_channels)) if bias else None
-        _begin(self)
+        self.reset_parameters()
 
     def check(self, x):
         if x.ndim not in (self.n+1, self.n+2) or x.shape[-self.n-1] != self.in_channels:
@@ -140,7 +142,14 @@ class ConvTranspose3d(_ConvTranspose):
     n,kernel = 3,staticmethod(F.conv_transpose3d)
 
 # %% ../nbs/22_layers.ipynb #710530c6
-class _BatchNorm(Module):
+class _Norm(Module):
+    "What all normalisations share: at first they scale by 1 and shift by 0"
+    def reset_parameters(self):
+        "Begin anew."
+        if self.weight is not None: ones_(self.weight)
+        if self.bias is not None: zeros_(self.bias)
+
+class _BatchNorm(_Norm):
     "What all batch normalisations share"
     def __init__(self,
         num_features:int,              # channels
@@ -152,12 +161,24 @@ class _BatchNorm(Module):
     ):
         self.num_features,self.eps,self.momentum = num_features,eps,momentum
         self.affine,self.track_running_stats = affine,track_running_stats
-        self.weight = Parameter(torch.ones(num_features)) if affine else None
-        self.bias = Parameter(torch.zeros(num_features)) if affine and bias else None
+        self.weight = Parameter(torch.empty(num_features)) if affine else None
+        self.bias = Parameter(torch.empty(num_features)) if affine and bias else None
         self.running_mean = self.running_var = self.num_batches_tracked = None
         if track_running_stats:
-            self.running_mean,self.running_var = Buffer(torch.zeros(num_features)),Buffer(torch.ones(num_features))
+            self.running_mean,self.running_var = (Buffer(torch.empty(num_features)) for _ in range(2))
             self.num_batches_tracked = Buffer(torch.tensor(0))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Begin anew, averages too."
+        super().reset_parameters()
+        self.reset_running_stats()
+
+    def reset_running_stats(self):
+        "Forget the running averages."
+        if not self.track_running_stats: return
+        zeros_(self.running_mean), ones_(self.running_var)
+        self.num_batches_tracked.zero_()
 
     def forward(self, x):
         if x.ndim not in self.ndims or x.shape[1] != self.num_features:
@@ -185,15 +206,16 @@ class BatchNorm3d(_BatchNorm):
     ndims = 5,
 
 # %% ../nbs/22_layers.ipynb #3bd02c10
-class LayerNorm(Module):
+class LayerNorm(_Norm):
     "The last dimensions of each row normalised."
     def __init__(self,
         normalized_shape,   # the sizes of the last dimensions; one number for one
         eps:float=1e-5, elementwise_affine:bool=True, bias:bool=True,
     ):
         self.normalized_shape,self.eps,self.elementwise_affine = _times(normalized_shape, 1),eps,elementwise_affine
-        self.weight = Parameter(torch.ones(self.normalized_shape)) if elementwise_affine else None
-        self.bias = Parameter(torch.zeros(self.normalized_shape)) if elementwise_affine and bias else None
+        self.weight = Parameter(torch.empty(self.normalized_shape)) if elementwise_affine else None
+        self.bias = Parameter(torch.empty(self.normalized_shape)) if elementwise_affine and bias else None
+        self.reset_parameters()
 
     def check(self, x):
         if x.shape[-len(self.normalized_shape):] != self.normalized_shape:
@@ -216,15 +238,16 @@ class RMSNorm(LayerNorm):
         self.check(x)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
-class GroupNorm(Module):
+class GroupNorm(_Norm):
     "(n, c, ...): the channels of each group normalised together."
     def __init__(self, num_groups:int, num_channels:int, eps:float=1e-5, affine:bool=True, *, bias:bool=True):
         if num_channels % num_groups:
             raise ValueError(f'GroupNorm: {num_groups} groups do not divide {num_channels} channels; take one of '
                              f'{[g for g in range(1, num_channels+1) if num_channels % g == 0]}')
         self.num_groups,self.num_channels,self.eps,self.affine = num_groups,num_channels,eps,affine
-        self.weight = Parameter(torch.ones(num_channels)) if affine else None
-        self.bias = Parameter(torch.zeros(num_channels)) if affine and bias else None
+        self.weight = Parameter(torch.empty(num_channels)) if affine else None
+        self.bias = Parameter(torch.empty(num_channels)) if affine and bias else None
+        self.reset_parameters()
 
     def forward(self, x):
         if x.ndim < 2 or x.shape[1] != self.num_channels:
@@ -265,8 +288,26 @@ class Embedding(Module):
     def __init__(self, num_embeddings:int, embedding_dim:int, padding_idx:int|None=None):
         self.num_embeddings,self.embedding_dim = num_embeddings,embedding_dim
         self.padding_idx = padding_idx if padding_idx is None else range(num_embeddings)[padding_idx]
-        self.weight = Parameter(normal_(torch.empty(num_embeddings, embedding_dim)))
-        if padding_idx is not None: self.weight.data[padding_idx] = 0.
+        self.weight = Parameter(torch.empty(num_embeddings, embedding_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Begin anew: a normal distribution, zeros for what only fills up."
+        normal_(self.weight)
+        if self.padding_idx is not None: zeros_(self.weight.data[self.padding_idx])
+
+    @classmethod
+    def from_pretrained(cls,
+        embeddings,       # the rows (n, d)
+        freeze:bool=True, # are they to stay as they are?
+        padding_idx:int|None=None,
+    ):
+        "A table of rows that somebody else has learned."
+        if embeddings.ndim != 2:
+            raise ValueError(f'Embedding.from_pretrained: embeddings is {tuple(embeddings.shape)}, not (rows, features)')
+        with torch.device('meta'): made = cls(*embeddings.shape, padding_idx)
+        made.weight = Parameter(embeddings, requires_grad=not freeze)
+        return made
 
     def forward(self, x):
         try: return F.embedding(x, self.weight, self.padding_idx)
@@ -450,7 +491,13 @@ class LeakyReLU(Module):
 class PReLU(Module):
     "Negative entries are multiplied by a slope that is learned, one for all or one a channel."
     def __init__(self, num_parameters:int=1, init:float=.25):
-        self.num_parameters,self.weight = num_parameters,Parameter(torch.full((num_parameters,), init))
+        self.num_parameters,self.init,self.weight = num_parameters,init,Parameter(torch.empty(num_parameters))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Begin anew."
+        constant_(self.weight, self.init)
+
     def forward(self, x): return F.prelu(x, self.weight)
 
 class ELU(Module):

@@ -30,7 +30,11 @@ class _Cell(Module):
         rows = self.gates*hidden_size
         self.weight_ih,self.weight_hh = (Parameter(torch.empty(rows, d)) for d in (input_size, hidden_size))
         self.bias_ih,self.bias_hh = (Parameter(torch.empty(rows)) if bias else None for _ in range(2))
-        for p in self.parameters(): uniform_(p, -hidden_size**-.5, hidden_size**-.5)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Begin anew: uniform, within one over the root of the state's size."
+        for p in self.parameters(): uniform_(p, -self.hidden_size**-.5, self.hidden_size**-.5)
 
     def forward(self, x, hx=None): # the input; the state, or a tuple of them, zeros where None
         if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
@@ -87,7 +91,10 @@ class _Recurrent(Module):
         self.batch_first,self.dropout,self.bidirectional,self.proj_size = batch_first,dropout,bidirectional,proj_size
         self.out_size = proj_size or hidden_size
         for name,shape in self.shapes(): setattr(self, name, Parameter(torch.empty(shape)))
-        for p in self.parameters(): uniform_(p, -hidden_size**-.5, hidden_size**-.5)
+        self.reset_parameters()
+
+    reset_parameters = _Cell.reset_parameters
+    def flatten_parameters(self): "PyTorch moves weights together here, for cuDNN; the numbers are the same without."
 
     def shapes(self):
         "`(name, shape)` of all weights, in PyTorch's order."
@@ -185,14 +192,17 @@ class MultiheadAttention(Module):
         apart = dict(q_proj_weight=(d, d), k_proj_weight=(d, self.kdim), v_proj_weight=(d, self.vdim))
         shapes = dict(in_proj_weight=(3*d, d)) if together else apart
         for name,shape in shapes.items(): setattr(self, name, Parameter(torch.empty(shape)))
-        self.in_proj_bias = Parameter(torch.zeros(3*d)) if bias else None
+        self.in_proj_bias = Parameter(torch.empty(3*d)) if bias else None
         self.out_proj = Linear(d, d, bias)
         self.bias_k,self.bias_v = (Parameter(torch.empty(1, 1, d)) if add_bias_kv else None for _ in 'kv')
-        self.begin(shapes)
+        self.reset_parameters()
 
-    def begin(self, names):
-        for name in names: xavier_uniform_(getattr(self, name))
-        if self.out_proj.bias is not None: zeros_(self.out_proj.bias)
+    def reset_parameters(self):
+        "Begin anew, as PyTorch's do; the product behind the heads begins by itself, but for its bias."
+        for name,p in self.named_parameters(recurse=False):
+            if name.endswith('weight'): xavier_uniform_(p)
+        for b in (self.in_proj_bias, self.out_proj.bias):
+            if b is not None: zeros_(b)
         for b in (self.bias_k, self.bias_v):
             if b is not None: xavier_normal_(b)
 

@@ -170,3 +170,50 @@ def test_cross_entropy_is_the_formula_at_extremes():
         x = torch.randn(6, 5, dtype=torch.float64)*scale
         targ = torch.tensor([0, 1, 2, 3, 4, 0])
         torch.testing.assert_close(nn.cross_entropy(x, targ), (x.logsumexp(1) - x[range(6), targ]).mean())
+
+# ---- begin anew
+
+ANEW = dict(Linear=(6, 4), Conv1d=(3, 4, 3), Conv2d=(3, 4, 3), Conv3d=(3, 4, 3), ConvTranspose1d=(3, 4, 3), ConvTranspose2d=(3, 4, 3),
+            ConvTranspose3d=(3, 4, 3), BatchNorm1d=(3,), BatchNorm2d=(3,), BatchNorm3d=(3,), InstanceNorm1d=(3, 1e-5, .1, True, True),
+            InstanceNorm2d=(3, 1e-5, .1, True, True), InstanceNorm3d=(3, 1e-5, .1, True, True), LayerNorm=((4, 3),), RMSNorm=(4,),
+            GroupNorm=(2, 4), Embedding=(5, 3, 1), PReLU=(3, .1), RNN=(3, 4, 2), LSTM=(3, 4, 2), GRU=(3, 4, 2), RNNCell=(3, 4),
+            LSTMCell=(3, 4), GRUCell=(3, 4), MultiheadAttention=(4, 2, 0., True, True))
+
+@pytest.mark.parametrize('name', ANEW)
+def test_what_has_learned_begins_anew_with_pytorchs_numbers(name):
+    ends = []
+    for t in (nn, torch.nn):
+        torch.manual_seed(0)
+        m = getattr(t, name)(*ANEW[name])
+        for x in m.state_dict().values(): x.add_(1)
+        torch.manual_seed(3)
+        (m._reset_parameters if hasattr(m, '_reset_parameters') else m.reset_parameters)()       # the first is PyTorch's attention
+        ends.append(m.state_dict())
+    assert list(ends[0]) == list(ends[1])
+    for k in ends[0]: torch.testing.assert_close(ends[0][k], ends[1][k], rtol=0, atol=0)
+
+def test_running_averages_are_forgotten():
+    m = nn.BatchNorm2d(3)
+    m(torch.randn(4, 3, 5, 5)+2)
+    m.weight.data.fill_(5)
+    m.reset_running_stats()
+    assert m.running_mean.eq(0).all() and m.running_var.eq(1).all() and m.num_batches_tracked == 0 and m.weight.eq(5).all()
+
+def test_rows_that_somebody_else_has_learned():
+    rows = torch.randn(5, 3)
+    chance = torch.get_rng_state()
+    m = nn.Embedding.from_pretrained(rows, padding_idx=-1)
+    assert torch.equal(chance, torch.get_rng_state()) and m.weight.data_ptr() == rows.data_ptr()
+    assert not m.weight.requires_grad and m.padding_idx == 4 and nn.Embedding.from_pretrained(rows, freeze=False).weight.requires_grad
+    torch.testing.assert_close(m(torch.tensor([1, 4])), torch.nn.Embedding.from_pretrained(rows, padding_idx=-1)(torch.tensor([1, 4])))
+    with pytest.raises(ValueError, match=r'embeddings is \(3,\), not \(rows, features\)'): nn.Embedding.from_pretrained(rows[0])
+
+INSIDE = {'check_forward_args', 'check_hidden_size', 'check_input', 'get_expected_hidden_size', 'get_expected_cell_size', 'permute_hidden',
+          'merge_masks'}       # public by name, but for PyTorch's own use
+
+def test_a_layer_has_every_method_of_pytorchs():
+    shared = [(getattr(nn, k), getattr(torch.nn, k)) for k in dir(nn) if isinstance(getattr(torch.nn, k, None), type)]
+    assert len(shared) > 90
+    missing = {f'{ours.__name__}.{k}' for ours,theirs in shared for k in dir(theirs)
+               if not k.startswith('_') and k not in INSIDE and callable(getattr(theirs, k)) and not hasattr(ours, k)}
+    assert not missing
