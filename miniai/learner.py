@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from fastcore.basics import patch
 import torch
@@ -256,19 +256,32 @@ def level(self:Learner,
     name:str, # of the level: one of `LEVELS`
     body,     # what happens at it
 ):
-    "Tell before, do it, tell after; a callback may cancel it; cleanup is told in any case."
+    "Tell before, do it, tell after; a callback may cancel it; cleanup is told in any case, to those that were told before."
+    heard = None                                         # until all know that it begins: the last one that does
     try:
-        self.tell(f'before_{name}')
+        for place,method in self.listeners[f'before_{name}']:
+            heard = place
+            method(self)
+        heard = None
         body()
         self.tell(f'after_{name}')
     except CANCEL[name]: pass
-    finally: self.tell(f'cleanup_{name}')
+    finally: self.clean_up(name, heard)
+
+# %% ../nbs/50_learner.ipynb #0a099bbd
+@patch
+def clean_up(self:Learner, name:str, heard:int|None):
+    "Tell all, or those up to number `heard` in the line; if one of them fails the others are told too, then the error is raised."
+    if not (listeners := self.listeners[f'cleanup_{name}']): return
+    with ExitStack() as waiting:                         # the last one put into it comes first
+        for place,method in reversed(listeners):
+            if heard is None or place <= heard: waiting.callback(method, self)
 
 # %% ../nbs/50_learner.ipynb #d6c05783
 @patch
 def tell(self:Learner, event:str):
     "Call every callback that has a method named `event`, in order."
-    for method in self.listeners[event]: method(self)
+    for _,method in self.listeners[event]: method(self)
 
 # %% ../nbs/50_learner.ipynb #3b0c15e8
 @patch
@@ -280,9 +293,9 @@ def add_cbs(self:Learner, cbs):
             f'call the class: {cb.__name__}()' if isinstance(cb, type) else 'subclass Callback'))
     self.cbs = sorted([*self.cbs, *cbs], key=lambda cb: cb.order)
     self.listeners = defaultdict(list)
-    for cb in self.cbs:
+    for place,cb in enumerate(self.cbs):
         for event in EVENTS:
-            if hasattr(cb, event) and cb.acts: self.listeners[event].append(getattr(cb, event))
+            if hasattr(cb, event) and cb.acts: self.listeners[event].append((place, getattr(cb, event)))
     for verb in VERBS: self._stand_in(verb)
     return self
 

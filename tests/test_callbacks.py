@@ -232,3 +232,27 @@ def test_each_of_them_changes_something():
     for name in ('accumulate', 'clip'): assert (run_with([name], 'torch')[0] - plain).abs().max() > 1e-3
     assert abs(run_with(['ema'], 'torch')[1][-1]['valid_loss'] - rows[-1]['valid_loss']) > 1e-3
     assert (run_with(['amp'], 'torch', dtype=torch.float32)[0] - plain).abs().max() > 1e-5
+
+class Broken(Exception): "What somebody's callback raises"
+
+class BreakAt(Callback):
+    def __init__(self, event, order): self.event,self.order = event,order
+    def __getattr__(self, name):
+        if name != self.__dict__.get('event'): raise AttributeError(name)
+        def broken(learn): raise Broken(name)
+        return broken
+
+@pytest.mark.parametrize('event', EVENTS)
+@pytest.mark.parametrize('name', sorted(MAKE))
+def test_an_error_of_another_callback_is_the_one_that_is_raised(name, event, tmp_path):
+    for i,order in enumerate((-10_000, 10_000)):
+        (tmp_path/str(i)).mkdir()
+        learn = new_learner(*MAKE[name](tmp_path/str(i)), BreakAt(event, order), opt=opt_of(name))
+        with pytest.raises(Broken): learn.fit(1)
+
+def test_all_are_told_to_clean_up_though_one_fails():
+    class Tidy(Callback):
+        order,told = 1,0
+        def cleanup_epoch(self, learn): self.told += 1
+    with pytest.raises(Broken): new_learner(BreakAt('cleanup_epoch', 0), tidy := Tidy()).fit(1)
+    assert tidy.told == 1
