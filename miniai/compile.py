@@ -21,10 +21,10 @@ from .optim import Optimizer
 from .rules import aten
 
 # %% auto #0
-__all__ = ['INNER', 'PLAIN', 'HOOKS', 'BACKENDS', 'MANY', 'places', 'Untraceable', 'where', 'depends_on_values', 'look', 'record',
-           'tidy', 'spell', 'name_of', 'last_uses', 'line', 'python', 'leaves', 'kind_of', 'precision', 'refuse_hooks',
-           'Compiled', 'CompileNote', 'note', 'can_be_recorded', 'usable', 'undone', 'Program', 'spell_out_alpha',
-           'fuse', 'compile_step']
+__all__ = ['INNER', 'PLAIN', 'WARM', 'HOOKS', 'BACKENDS', 'MANY', 'places', 'Untraceable', 'where', 'depends_on_values', 'look',
+           'record', 'tidy', 'spell', 'name_of', 'last_uses', 'line', 'python', 'on_card', 'capture', 'Captured',
+           'leaves', 'kind_of', 'precision', 'refuse_hooks', 'Compiled', 'CompileNote', 'note', 'place_of_rate',
+           'can_be_recorded', 'usable', 'undone', 'Program', 'spell_out_alpha', 'fuse', 'compile_step']
 
 # %% ../nbs/32_compile.ipynb #4938a7f1
 def places(
@@ -140,6 +140,43 @@ def python(
     names['program'].source = source
     return names['program']
 
+# %% ../nbs/32_compile.ipynb #187c6ce3
+WARM = 3       # runs before the kernels of a program are noted
+
+def on_card(inputs)->bool: return all(x.is_cuda for x in inputs)
+
+def capture(f, inputs)->tuple: # a function that starts the same kernels again; what `f` gave, to be read after each start
+    "The kernels that `f(*inputs)` starts, noted as one CUDA graph; none of them runs yet."
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): outs = f(*inputs)
+    return graph.replay, outs
+
+class Captured:
+    "A program whose kernels are started all at once; one by one where the card refuses that."
+    def __init__(self,
+        run,       # the program
+        fed:slice, # which of its inputs are the batch; the others stay where they are
+    ):
+        self.run,self.fed,self.source = run,fed,run.source
+        self.runs,self.held,self.replay = 0,None,None
+
+    def __call__(self, *inputs):
+        self.runs += 1
+        if self.runs <= WARM: return self.run(*inputs)
+        batch,inputs = inputs[self.fed],list(inputs)
+        if self.held != (held := [x.data_ptr() for x in inputs[:self.fed.start]]): self.note(held, batch, inputs)
+        if not self.replay: return self.run(*inputs)
+        for mine,x in zip(self.batch, batch, strict=True): mine.copy_(x)
+        self.replay()
+        return [x.clone() for x in self.outs]
+
+    def note(self, held, batch, inputs):
+        "For the first time, or because a parameter lies elsewhere now."
+        self.held,self.batch,self.replay = held,[x.clone() for x in batch],None
+        try: self.replay,self.outs = capture(self.run, inputs[:self.fed.start] + self.batch + inputs[self.fed.stop:])
+        except RuntimeError as e:
+            note(f'the card does not take the step as one graph ({str(e).splitlines()[0]}); its kernels are started one by one')
+
 # %% ../nbs/32_compile.ipynb #7370f1e3
 def leaves(o)->list:
     "The values of a batch, whatever it is made of."
@@ -182,7 +219,7 @@ class Compiled:
         self.modules = [m for o in self.roots for m in o.modules()]
         self.learn = list(dict.fromkeys(p for o in self.roots for p in o.parameters()))
         self.whole,self.programs,self.fixed = whole and can_be_recorded(opt),{},self.settings()
-        self.rates = [torch.zeros((), dtype=torch.float64) for _ in opt.param_groups]
+        self.rates = None
 
     def settings(self)->list:
         "What the update depends on beside the rate."
@@ -199,6 +236,11 @@ MANY = 16      # kinds of batch; if there are more, it is not worth while
 class CompileNote(UserWarning): "Something that the compiled step does otherwise than one may expect"
 
 def note(text): warnings.warn(f'compile: {text}', CompileNote, stacklevel=2)
+
+def place_of_rate(group)->Tensor:
+    "Where a program finds the rate of a group: on a card beside the parameters, in the precision that its kernels read."
+    p = next(iter(group['params']), None)
+    return torch.zeros((), device=p.device) if p is not None and p.is_cuda else torch.zeros((), dtype=torch.float64)
 
 def can_be_recorded(opt)->bool:
     "Is its step ours, as it is written in `optim`, and nobody listening?"
@@ -274,8 +316,10 @@ def build(self:Program, backend, whole, values):
     outs.args = (rest,)
     self.graph.recompile()
     self.waits = not whole and backend == 'replay'
+    inputs = self.inputs(values)
     if backend == 'replay': self.run = python(self.graph, self.form['first'] if self.waits else 0, seed if self.waits else None)
-    else: self.run = fuse(self.graph, self.inputs(values))
+    else: self.run = fuse(self.graph, inputs)
+    if backend == 'replay' and whole and on_card(inputs): self.run = Captured(self.run, slice(len(self.held), len(inputs)-len(self.rates)))
     return self
 
 # %% ../nbs/32_compile.ipynb #4db70d13
@@ -332,7 +376,7 @@ def program(self:Compiled, batch, values)->Program|None:
     if kind not in self.programs:
         if (made := self.new_program(batch, values)) is None: return None
         self.programs[kind] = made
-    if self.whole:
+    if self.whole and self.programs[kind]:
         for rate,group in zip(self.rates, self.opt.param_groups, strict=True): rate.fill_(group['lr'])
     return self.programs[kind] or None
 
@@ -342,6 +386,7 @@ def new_program(self:Compiled, batch, values):
     if len(self.programs) >= MANY:
         if len(self.programs) == MANY: note(f'more than {MANY} kinds of batch; from here on new ones are done as always')
         return False
+    self.rates = self.rates or [place_of_rate(g) for g in self.opt.param_groups]
     shapes = ', '.join(str(tuple(x.shape)) for x in values if isinstance(x, Tensor))
     if self.programs: note(f'a batch of another kind, {shapes}; recorded once more')
     held = places(self.roots, self.opt if self.whole else None)

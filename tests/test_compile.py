@@ -3,6 +3,8 @@ import copy, subprocess, sys, warnings
 import pytest, torch
 import torch.nn.functional as F
 from types import SimpleNamespace
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from miniai import compile as comp, optim
 from miniai.callbacks import MetricsCB, RecordCB, SchedCB
 from miniai.compile import BACKENDS, CompileNote, compile_step, python, record, tidy
@@ -310,3 +312,78 @@ print(counters['inductor']['fxgraph_cache_hit'], counters['inductor']['fxgraph_c
     env = {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
     said = [subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env).stdout.split() for _ in range(2)]
     assert said == [['0', '1'], ['1', '0']]
+
+# ---- CUDA graphs: on a card, and by a stand-in that holds to the same rules
+
+class Notes(TorchDispatchMode):
+    "Which operators were called, with which memory"
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls.append((op, args, kwargs or {}, y := op(*args, **kwargs or {})))
+        return y
+
+def stand_in(f, inputs):
+    "As `capture`: while notes are taken nothing is computed, and whoever starts again finds and leaves everything at the same addresses"
+    kept, chance = [x.clone() for x in inputs], torch.get_rng_state()
+    with Notes() as notes: outs = f(*inputs)
+    for x,was in zip(inputs, kept, strict=True): x.copy_(was)
+    torch.set_rng_state(chance)
+    def replay():
+        for op,args,kwargs,y in notes.calls:
+            for old,new in zip(tree_leaves(y), tree_leaves(op(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor): old.copy_(new)
+    return replay, outs
+
+@pytest.fixture
+def card(monkeypatch):
+    taken = []
+    def capture(f, inputs):
+        taken.append(f)
+        return stand_in(f, inputs)
+    monkeypatch.setattr(comp, 'on_card', lambda inputs: True)
+    monkeypatch.setattr(comp, 'capture', capture)
+    return taken
+
+@pytest.mark.parametrize('name', ['sgd', 'nesterov', 'fused', 'torch'])
+def test_captured_is_eager(name, card):
+    a, net, _ = curve('eager', OPTS[name], rates=(.01, .003, 0.))
+    b, twin, step = curve('replay', OPTS[name], rates=(.01, .003, 0.))
+    same(a, b)
+    assert len(card) == (name != 'torch')                   # the whole step only; the short batch came too seldom
+    for k,v in net.state_dict().items(): same(v, twin.state_dict()[k], 1e-8)
+
+def test_a_captured_loss_is_not_written_over_and_a_parameter_may_move(card):
+    ends = []
+    for kind in ('eager', 'replay'):
+        net, data = make(), batches(8, last=16)
+        opt = OPTS['sgd'](net.parameters())
+        step = eager_step(net, F.cross_entropy, opt) if kind == 'eager' else compile_step(net, F.cross_entropy, opt)
+        losses = []
+        torch.manual_seed(5)
+        for i,b in enumerate(data):
+            if i == 6:
+                for p in net.parameters(): p.data = p.data.clone()
+            losses.append(step(*b))
+        ends.append(losses)
+    assert len(card) == 2
+    same(torch.stack(ends[0]), torch.stack(ends[1]))
+
+def test_a_card_that_refuses_is_passed_over(card, monkeypatch):
+    def refuse(f, inputs): raise RuntimeError('operation not permitted when stream is capturing\nand much more')
+    monkeypatch.setattr(comp, 'capture', refuse)
+    a, *_ = curve('eager', OPTS['sgd'])
+    with pytest.warns(CompileNote, match='as one graph .operation not permitted when stream is capturing.; its kernels are started one by one') as seen:
+        b, *_ = curve('replay', OPTS['sgd'])
+    same(a, b)
+    assert sum('one graph' in str(w.message) for w in seen) == 1
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a card')
+@pytest.mark.parametrize('name', ['sgd', 'nesterov', 'fused'])
+def test_captured_is_eager_on_a_card(name):
+    net, data = make().cuda(), [[x.cuda() for x in b] for b in batches()]
+    (a, net, _), (b, twin, step) = (curve(kind, OPTS[name], net, data, rates=(.01, .003, 0.)) for kind in ('eager', 'replay'))
+    same(a, b, 1e-6)                                        # the rate is a float32 there
+    assert any(o and o.run.replay for o in step.compiled.programs.values())
+    for k,v in net.state_dict().items(): same(v, twin.state_dict()[k], 1e-6)
