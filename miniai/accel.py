@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from .callbacks import ProgressCB
+from .callbacks import say
 from .core import did_you_mean, map_tensors, processor
 from .datasets import free_memory
 from .learner import Callback, CompileCB
@@ -173,8 +173,7 @@ class FastCB(Callback):
     def before_fit(self, learn):
         self.begin()
         if self.fast != 'off': self.pull(learn, next(learn.model.parameters()).device)
-        told = next((cb.out for cb in learn.cbs if isinstance(cb, ProgressCB) and cb.out), None)
-        if told and self.fast != 'off': print(f"fast={self.fast}: {', '.join(self.names) or 'nothing'}", file=told)
+        if self.fast != 'off': say(learn, f"fast={self.fast}: {', '.join(self.names) or 'nothing'}")
 
     def cleanup_fit(self, learn):
         self.undo.close()

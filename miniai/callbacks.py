@@ -16,7 +16,7 @@ from .schedule import one_cycle, turn
 
 # %% auto #0
 __all__ = ['DeviceCB', 'MetricsCB', 'column', 'on_device', 'plain', 'RecordCB', 'SchedCB', 'ScheduleFreeCB', 'table_row',
-           'table_head', 'size', 'ProgressCB', 'add_lines', 'LogCB', 'InterruptCB']
+           'table_head', 'size', 'ProgressCB', 'say', 'add_lines', 'LogCB', 'InterruptCB']
 
 # %% ../nbs/51_callbacks.ipynb #188a3c2e
 class DeviceCB(Callback):
@@ -238,6 +238,12 @@ class ProgressCB(Callback):
         if self.headless: print(table_head(row), file=self.out)
         self.headless = False
         print(table_row(row), file=self.out, flush=True)
+
+# %% ../nbs/51_callbacks.ipynb #89839b28
+def say(learn, line:str):
+    "A line where the progress is shown; nowhere if nobody shows it."
+    for cb in learn.cbs:
+        if isinstance(cb, ProgressCB) and cb.acts: print(line, file=cb.file or sys.stdout)
 
 # %% ../nbs/51_callbacks.ipynb #80781fe1
 def add_lines(

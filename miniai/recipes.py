@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .callbacks import DeviceCB, MetricsCB, ProgressCB, RecordCB, SchedCB
+from .callbacks import DeviceCB, MetricsCB, ProgressCB, RecordCB, SchedCB, say
 from .core import did_you_mean, set_seed
 from .datasets import DataLoaders
 from .learner import Callback, Learner
@@ -50,6 +50,10 @@ class SizesCB(Callback):
     def __init__(self,
         sizes=(20,),     # pixels of height and width in the first epoch, the second, ...; after that they are as they come
     ): self.sizes = tuple(sizes)
+
+    def before_fit(self, learn):
+        sides,n = ', then '.join(f'{o}×{o}' for o in dict.fromkeys(self.sizes)),len(self.sizes)
+        say(learn, f"images of {sides} in the first {'epoch' if n == 1 else f'{n} epochs'}; validation sees them as they are")
 
     def before_batch(self, learn):
         if not learn.training or learn.epoch >= len(self.sizes): return
