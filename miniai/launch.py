@@ -4,7 +4,7 @@
 
 # %% ../nbs/74_launch.ipynb #fa2e76bf
 from __future__ import annotations
-import json, logging, os, pickle, platform, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, time, traceback
+import json, logging, os, pickle, platform, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, threading, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -13,9 +13,9 @@ from .core import default_device, process_rank
 from .distributed import join, leave
 
 # %% auto #0
-__all__ = ['GB', 'HINT', 'launch', 'check', 'one_of', 'free_port', 'quiet', 'failure', 'cores', 'cpu_quota', 'read', 'memory',
-           'gpus', 'precision', 'network', 'address', 'backends', 'disk', 'facts', 'plan', 'probe', 'wire', 'took',
-           'selftest', 'start_probe', 'last_line', 'doctor', 'report', 'parts', 'gb']
+__all__ = ['GB', 'HINT', 'launch', 'check', 'one_of', 'free_port', 'quiet', 'handlers_kept', 'failure', 'cores', 'cpu_quota',
+           'read', 'memory', 'gpus', 'precision', 'network', 'address', 'backends', 'disk', 'facts', 'plan', 'probe',
+           'wire', 'took', 'selftest', 'start_probe', 'last_line', 'doctor', 'report', 'parts', 'gb']
 
 # %% ../nbs/74_launch.ipynb #17729d40
 def launch(
@@ -29,7 +29,7 @@ def launch(
     if n == 1: return [fn(*args, **kwargs)]
     try: from accelerate import debug_launcher, notebook_launcher
     except ImportError as e: raise ImportError("launch needs Accelerate: pip install 'miniai-torch[scale]'") from e
-    with tempfile.TemporaryDirectory() as folder, quiet('torch.distributed.elastic', 'torch.multiprocessing'):
+    with tempfile.TemporaryDirectory() as folder, quiet('torch.distributed.elastic', 'torch.multiprocessing'), handlers_kept():
         def task(): one_of(Path(folder), n, fn, args, kwargs)
         try:
             notebook_launcher(task, num_processes=n, use_port=str(free_port()))
@@ -73,6 +73,16 @@ def quiet(*names):
     try: yield
     finally:
         for name,level in levels.items(): logging.getLogger(name).setLevel(level)
+
+@contextmanager
+def handlers_kept():
+    "Signals are answered afterwards as they were before: the watchman leaves his own answers behind, and Ctrl-C would be his."
+    here = threading.current_thread() is threading.main_thread()
+    before = {s: signal.getsignal(s) for s in signal.valid_signals()} if here else {}
+    try: yield
+    finally:
+        for s,handler in before.items():
+            if signal.getsignal(s) is not handler: signal.signal(s, handler)
 
 # %% ../nbs/74_launch.ipynb #3a3c3afb
 def failure(

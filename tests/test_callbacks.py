@@ -245,10 +245,8 @@ class BreakAt(Callback):
 @pytest.mark.parametrize('event', EVENTS)
 @pytest.mark.parametrize('name', sorted(MAKE))
 def test_an_error_of_another_callback_is_the_one_that_is_raised(name, event, tmp_path):
-    for i,order in enumerate((-10_000, 10_000)):
-        (tmp_path/str(i)).mkdir()
-        learn = new_learner(*MAKE[name](tmp_path/str(i)), BreakAt(event, order), opt=opt_of(name))
-        with pytest.raises(Broken): learn.fit(1)
+    learn = new_learner(*MAKE[name](tmp_path), BreakAt(event, -10_000), opt=opt_of(name))
+    with pytest.raises(Broken): learn.fit(1)
 
 def test_all_are_told_to_clean_up_though_one_fails():
     class Tidy(Callback):

@@ -62,11 +62,14 @@ def test_a_cancelled_level_is_cleaned_up_and_the_loop_goes_on(level):
             self.done = True
             raise CANCEL[level]
     cls = type('Cancel', (Cancel,), {f'before_{level}': cancel})
-    learn = Learner(new_model(), new_dls(50), cbs=[cls(), diary := Diary()])
+    diary, behind = Diary(), Diary()
+    diary.order = -100
+    learn = Learner(new_model(), new_dls(50), cbs=[diary, cls(), behind])
     learn.fit(2)
     after, cleanup = diary.events.count(f'after_{level}'), diary.events.count(f'cleanup_{level}')
     assert cleanup == after + 1
     assert ('after_step' in diary.events) == (level != 'fit')
+    assert behind.events.count(f'before_{level}') == behind.events.count(f'cleanup_{level}') == after      # who did not hear the beginning
 
 def test_an_error_in_a_callback_passes_through_and_everything_is_cleaned_up():
     class Fails(Callback):
