@@ -82,7 +82,7 @@ def handlers_kept():
     try: yield
     finally:
         for s,handler in before.items():
-            if signal.getsignal(s) is not handler: signal.signal(s, handler)
+            if handler is not None and signal.getsignal(s) is not handler: signal.signal(s, handler)
 
 # %% ../nbs/74_launch.ipynb #3a3c3afb
 def failure(
