@@ -16,6 +16,7 @@ from miniai.fashion import SAMPLE, fashion_mnist
 from miniai.optim import AdamW
 from miniai.recipes import FlipTTA, learner, loaders, recipe
 from report import ratio, take_turns, write
+from step import Half
 
 LR, STEPS = 1e-4, 10     # steps between two looks at whether the card is done
 
@@ -42,14 +43,6 @@ class GPT(nn.Module):
         self.register_buffer('at', torch.arange(length), persistent=False)
     def forward(self, x): return self.head(self.norm(self.blocks(self.words(x) + self.places(self.at))))
 
-class Half(nn.Module):
-    "A model in bfloat16 where autocast says so"
-    def __init__(self, model, kind):
-        super().__init__()
-        self.model, self.kind = model, kind
-    def forward(self, x):
-        with torch.autocast(self.kind, torch.bfloat16): return self.model(x)
-
 def loss_func(scores, y): return F.cross_entropy(scores.flatten(0, -2), y.flatten())
 
 def images(device, bs=256):
@@ -59,7 +52,8 @@ def images(device, bs=256):
 def words(device, bs=16, **size):
     gpt = GPT(**size)
     x = torch.randint(0, gpt.words.num_embeddings, (bs, len(gpt.at)+1))
-    return lambda: GPT(**size).to(device), x[:, :-1].to(device), x[:, 1:].to(device)
+    x, y = x[:, :-1].contiguous(), x[:, 1:].contiguous()
+    return lambda: GPT(**size).to(device), x.to(device), y.to(device)
 
 def cases(device, small):
     if small: return {'ResNet, 2 images': images(device, 2), 'GPT of 8 words': words(device, 2, words=50, length=8, d=16, heads=2, depth=1)}

@@ -28,11 +28,11 @@ def by_hand(make, x, y, compiled=False):
 
 class Half(torch.nn.Module):
     "A model in bfloat16 where autocast says so"
-    def __init__(self, model):
+    def __init__(self, model, kind='cpu'):
         super().__init__()
-        self.model = model
+        self.model, self.kind = model, kind
     def forward(self, x):
-        with torch.autocast('cpu', torch.bfloat16): return self.model(x)
+        with torch.autocast(self.kind, torch.bfloat16): return self.model(x)
 
 def ours(make, x, y, backend, levers='off'):
     "One program; with the levers that `FastCB` pulls when it is told the same"
