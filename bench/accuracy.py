@@ -71,9 +71,9 @@ def share(since):
     t, w = since
     return 0. if w is None else (waited()-w)/(time.perf_counter()-t)
 
-def train(r, dd, seed):
+def train(r, dd, seed, device=None, **kwargs):
     "Seconds of training, share of them in which the machine was busy, accuracy, and the same with test-time flip"
-    learn = learner(r, loaders(r, dd, seed), seed, [DeviceCB(), MetricsCB(), RecordCB()])
+    learn = learner(r, loaders(r, dd, seed, device=device), seed, [DeviceCB(device), MetricsCB(), RecordCB()], **kwargs)
     start = time.perf_counter(), waited()
     learn.fit(r.epochs, valid=False)
     seconds, busy = time.perf_counter()-start[0], share(start)

@@ -3,18 +3,18 @@
     python bench/gpu.py [--seeds 10] [--repeats 7] [--seconds .5]     writes bench/results/gpu.md
 
 Without a card it says so and ends; `--small` runs a toy of it on the processor. Tests that need a card: `pytest -k on_a_card`."""
-import argparse, statistics, time, warnings
+import argparse, statistics, warnings
 from dataclasses import replace
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from accuracy import train
 from autograd import resnet
 from miniai.accel import channels_last, lay_one, tf32
-from miniai.callbacks import DeviceCB, MetricsCB, RecordCB
 from miniai.compile import CompileNote, compile_step
 from miniai.fashion import SAMPLE, fashion_mnist
 from miniai.optim import AdamW
-from miniai.recipes import FlipTTA, learner, loaders, recipe
+from miniai.recipes import recipe
 from report import ratio, take_turns, write
 from step import Half
 
@@ -109,23 +109,14 @@ def steps(device, args):
             rows.append((case, way, f'{ms*1e3:.3g}', f'**{middle:.2f}**', half, f'{work/ms/1e12:.3g}', f'**{work/ms/roof:.2f}**'))
     return rows, roof
 
-def train(r, dd, seed, device):
-    "Seconds of training, accuracy, and the same with test-time flip"
-    learn = learner(r, loaders(r, dd, seed, device=device), seed, [DeviceCB(device), MetricsCB(), RecordCB()], compile='replay')
-    start = time.perf_counter()
-    learn.fit(r.epochs, valid=False)          # it reads the losses at its end, so the card is done
-    seconds = time.perf_counter()-start
-    once = learn.validate()['valid_accuracy']
-    with learn.with_cbs(FlipTTA()): return seconds, once, learn.validate()['valid_accuracy']
-
 def accuracies(device, args):
     "A table, a row for each seed; before the first a run of one epoch, in which libraries make their plans"
     r, dd = recipe('fashion-best'), fashion_mnist(SAMPLE if args.small else None)
     if args.small: r = replace(r, model_args={}, epochs=1)
-    train(replace(r, epochs=1), dd, 0, device)
-    runs = [train(r, dd, seed, device) for seed in range(args.seeds)]
-    lines = [f'| {i} | {s:.2f} | {a:.2%} | {b:.2%} |' for i,(s, a, b) in enumerate(runs)]
-    s, a, b = (statistics.mean(o) for o in zip(*runs, strict=True))
+    train(replace(r, epochs=1), dd, 0, device, compile='replay')
+    runs = [train(r, dd, seed, device, compile='replay') for seed in range(args.seeds)]
+    lines = [f'| {i} | {s:.2f} | {a:.2%} | {b:.2%} |' for i,(s, _, a, b) in enumerate(runs)]
+    s, _, a, b = (statistics.mean(o) for o in zip(*runs, strict=True))
     head = ['| seed | seconds | accuracy | with test-time flip |', '| --- | --- | --- | --- |']
     return '\n'.join([*head, *lines, f'| mean of {len(runs)} | **{s:.2f}** | **{a:.2%}** | **{b:.2%}** |'])
 

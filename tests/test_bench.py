@@ -9,7 +9,8 @@ TOY = {'accel': ['--repeats', '1', '--steps', '1', '--small'], 'import_time': ['
        'step': ['--repeats', '1', '--seconds', '.001', '--small'], 'scale': ['--repeats', '1', '--small'],
        'accuracy': ['--recipe', 'fashion-fast', '--seeds', '2', '--small'],
        'distributed': ['--repeats', '1', '--steps', '2', '--small'],
-       'memory': ['--repeats', '1', '--small'], 'gpu': ['--seeds', '1', '--repeats', '1', '--seconds', '.001', '--small'], 'trainers': ['--repeats', '1', '--steps', '2', '--small']}
+       'memory': ['--repeats', '1', '--small'], 'bound': ['--steps', '2', '--repeats', '1', '--small'],
+       'gpu': ['--seeds', '1', '--repeats', '1', '--seconds', '.001', '--small'], 'trainers': ['--repeats', '1', '--steps', '2', '--small']}
 
 @pytest.mark.parametrize('name', sorted(p.stem for p in (ROOT/'bench').glob('*.py') if p.stem != 'report'))
 def test_benchmark_runs(name, tmp_path):
